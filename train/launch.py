@@ -1,0 +1,22 @@
+"""The accelerator of a run, however it was launched."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+
+def open_accelerator(mixed_precision: str) -> Accelerator:
+    """An Accelerator for `accelerate launch`, `torchrun` or plain `python`.
+
+    Under torchrun without a GPU, Accelerate makes every process rank 0 of 1 without a word unless
+    told to use the CPU; they would all write to one run directory.
+    """
+    workers = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, cpu=workers > 1 and not torch.cuda.is_available()
+    )
+    assert accelerator.num_processes == workers, "the processes were not joined"
+    return accelerator

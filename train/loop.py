@@ -1,0 +1,205 @@
+"""fit(): the only training loop. It knows nothing of what it trains beyond the seam in
+train/method.py."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from train import optim
+from train.checkpoint import Checkpoints
+from train.config import LoopConfig, TrainConfig
+from train.method import Method
+from train.previews import Previews
+from train.tracking import Trackers, open_trackers
+
+MicroBatch = dict[str, Any]
+
+
+class Batches(Protocol):
+    """This process's micro-batches as a function of the optimizer step."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def __call__(self, start: int) -> Iterable[list[MicroBatch]]:
+        """One list per optimizer step, from `start` to the last. The "weight" (B,) of a batch's
+        samples sums to 1 over all processes, so that the weighted sum of losses is the mean over
+        the global batch."""
+
+
+def fit(
+    method: Method,
+    batches: Batches,
+    config: LoopConfig,
+    accelerator: Accelerator,
+) -> int:
+    """Trains `method` to `config.train.steps` optimizer steps, resuming from the run's newest
+    checkpoint.
+
+    Returns the step it started from. Everything else a step needs is a function of the step, so a
+    resumed run repeats an uninterrupted one exactly.
+    """
+    output, steps = Path(config.output), config.train.steps
+    raw = method.model
+    optimizer = optim.build(method.parameter_groups(config.optim), config.optim)
+    schedule = optim.Schedule(optimizer, steps=steps, config=config.optim)
+    checkpoints = Checkpoints(output / "checkpoints", keep=config.checkpoint.keep)
+    start = checkpoints.restore(raw, optimizer)
+    model, optimizer = accelerator.prepare(raw, optimizer)
+    if accelerator.scaler is not None and start:
+        accelerator.scaler.load_state_dict(checkpoints.facts(start)["scaler"])
+    trainable = [p for p in raw.parameters() if p.requires_grad]
+    trackers = open_trackers(
+        output,
+        config.model_dump(mode="json"),
+        config.tracking,
+        start=start,
+        main=accelerator.is_main_process,
+    )
+    previews = Previews(output / "previews", config.preview, accelerator)
+    previews.base(method)
+    meter = Meter(accelerator, trackers, config.train, start=start, every=config.tracking.every)
+
+    for step, micro_batches in enumerate(meter.waiting(batches(start)), start):
+        rate = schedule.apply(step)
+        seed_step(config.seed, step, accelerator.process_index)
+        loss = accumulate(model, micro_batches, accelerator)
+        norm = accelerator.clip_grad_norm_(trainable, config.train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        meter.record(done, done / batches.steps_per_epoch, loss, rate, norm)
+        if done == steps or done % config.checkpoint.every == 0:
+            if accelerator.is_main_process:
+                checkpoints.save(done, raw, optimizer.optimizer, **scaler_state(accelerator))
+            accelerator.wait_for_everyone()
+        if config.preview.every and (done == steps or done % config.preview.every == 0):
+            previews.render(method, done)
+    meter.close()
+    trackers.finish()
+    return start
+
+
+def accumulate(
+    model: nn.Module, micro_batches: list[MicroBatch], accelerator: Accelerator
+) -> Tensor:
+    """Backward through every micro-batch; gradients meet across processes once, at the last.
+    Returns this process's part of the global batch's loss."""
+    total = torch.zeros((), device=accelerator.device)
+    for index, batch in enumerate(micro_batches):
+        batch = {
+            k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()
+        }
+        if index < len(micro_batches) - 1:
+            with accelerator.no_sync(model):
+                total += _backward(model, batch, accelerator)
+        else:
+            total += _backward(model, batch, accelerator)
+    return total
+
+
+def _backward(model: nn.Module, batch: MicroBatch, accelerator: Accelerator) -> Tensor:
+    loss = (model(batch) * batch["weight"]).sum()
+    # Distributed wrappers average gradients over processes; ours are parts of one mean and must add
+    # up.
+    accelerator.backward(loss * accelerator.num_processes)
+    return loss.detach()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds the global generators (dropout) from the step, so that nothing before it matters."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") % 2**63)
+
+
+def scaler_state(accelerator: Accelerator) -> dict[str, Any]:
+    return {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler is not None else {}
+
+
+class Meter:
+    """Progress bar and metrics: loss, speed and how much of the time went into waiting for data."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        trackers: Trackers,
+        config: TrainConfig,
+        *,
+        start: int,
+        every: int,
+    ) -> None:
+        self._accelerator, self._trackers = accelerator, trackers
+        self._steps, self._batch_size, self._every = config.steps, config.batch_size, every
+        self._bar = tqdm(
+            total=config.steps,
+            initial=start,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._waited, self._count = time.perf_counter(), 0.0, 0
+        self._loss = torch.zeros((), device=self._accelerator.device)
+
+    def waiting(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """Passes batches through and adds up the time spent waiting for them."""
+        source = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - before
+            yield batch
+
+    def record(self, done: int, epoch: float, loss: Tensor, rate: float, norm: Any) -> None:
+        """Counts one optimizer step; every so often reads the device once and logs a line."""
+        self._loss += loss
+        self._count += 1
+        self._bar.update()
+        if done % self._every and done != self._steps:
+            return
+        total = self._accelerator.reduce(self._loss, reduction="sum")
+        seconds = time.perf_counter() - self._since
+        metrics = {
+            "step": done,
+            "epoch": round(epoch, 4),
+            "loss": float(total) / self._count,
+            "lr": rate,
+            "grad_norm": float(norm),
+            "images_per_second": round(self._count * self._batch_size / seconds, 3),
+            "data_wait_fraction": round(self._waited / seconds, 4),
+            "peak_memory_gib": round(peak_memory_gib(self._accelerator.device), 3),
+        }
+        self._trackers.log(metrics)
+        self._bar.set_postfix(
+            loss=f"{metrics['loss']:.4f}",
+            img_s=f"{metrics['images_per_second']:.1f}",
+            wait=f"{metrics['data_wait_fraction']:.0%}",
+        )
+        self._reset()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of the device's allocator, or of this process on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,66 @@
+"""Trains a LoRA on the UNet of a Stable Diffusion 2 model.
+
+    accelerate launch train/lora.py                                  # the embedded toy model and
+    world accelerate launch train/lora.py --config configs/lora.yaml data.path=my/pictures
+
+The result is OUTPUT/adapter, which diffusers' `load_lora_weights` reads. The same command resumes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train import adapters
+from train.config import ROOT, LoraConfig, LoraRun, OptimConfig, command, load
+from train.plan import plan, start
+
+if TYPE_CHECKING:
+    from train.diffusion import Objective
+    from train.method import Pipeline
+
+
+def main(arguments: list[str]) -> None:
+    config = load(LoraRun, arguments, default=ROOT / "configs/toy/lora.yaml")
+    planned = plan(config, result="adapter", trainable_bytes=adapters.estimated_bytes(config.lora))
+    if planned is None:
+        return
+
+    # Heavy imports wait until the run is known to be possible.
+    from train import export, models, pictures
+    from train.diffusion import Objective
+    from train.loop import fit
+
+    accelerator = start(config, planned)
+    pipeline = models.load_base(config, accelerator)
+    batches = pictures.batches(planned.pictures, pipeline, config, accelerator)
+    objective = Objective.of(pipeline.scheduler, config.diffusion)
+    method = Lora(pipeline, objective, config.lora)
+    fit(method, batches, config, accelerator)
+    export.publish(method, config.output / "adapter", accelerator)
+
+
+class Lora:
+    """Low-rank updates of the UNet's layers (Hu et al. 2021); everything else is frozen."""
+
+    def __init__(self, pipeline: Pipeline, objective: Objective, config: LoraConfig) -> None:
+        from train.denoiser import Denoiser
+
+        adapters.add(pipeline.unet, config)
+        self._pipeline = pipeline
+        self.model = Denoiser(pipeline.unet, objective)
+
+    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
+        return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+
+    def pipeline(self) -> Pipeline:
+        return self._pipeline
+
+    def export(self, directory: Path) -> None:
+        from train.export import save_lora
+
+        save_lora(self._pipeline.unet, directory)
+
+
+if __name__ == "__main__":
+    command(main)

