@@ -1,4 +1,8 @@
-"""The evaluation as one HTML file: no script, no network, readable on a phone, light and dark."""
+"""Reports as one HTML file each: no script, no network, readable on a phone, light and dark.
+
+`write_report` is the evaluation's; train/report.py builds the run's from the same pieces. A piece is
+a string of HTML in which all text is escaped.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +43,8 @@ class Section:
     title: str
     explanation: str
     comparisons: Sequence[Comparison]
+    film: bool = False
+    """One comparison below the other, its pictures wrapping where the screen is narrow."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +66,66 @@ def write_report(
     method: Sequence[tuple[str, str]],
 ) -> None:
     """Write the report to `path`, whole or not at all; every text is escaped."""
-    body = "".join(
-        [
-            f"<h1>{escape(title)}</h1>",
-            f'<p class="verdict">{escape(verdict)}</p>',
+    write_page(
+        path,
+        title=title,
+        pieces=[
+            verdict_line(verdict),
             _table(table),
-            "".join(f'<p class="warning">{escape(text)}</p>' for text in warnings),
-            "".join(_section(section) for section in sections),
-            _method(method),
-        ]
+            *map(warning, warnings),
+            *map(section_of, sections),
+            facts("How this was measured", method),
+        ],
     )
-    page = _PAGE.replace("{title}", escape(title)).replace("{body}", body)
+
+
+def write_page(path: Path, *, title: str, pieces: Sequence[str]) -> None:
+    """Write title and pieces to `path`, whole or not at all."""
+    body = f"<h1>{escape(title)}</h1>{''.join(pieces)}"
+    before, after = _PAGE.split("{body}")
+    page = before.replace("{title}", escape(title)) + body + after
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def verdict_line(text: str) -> str:
+    return f'<p class="verdict">{escape(text)}</p>'
+
+
+def warning(text: str) -> str:
+    return f'<p class="warning">{escape(text)}</p>'
+
+
+def section_of(section: Section) -> str:
+    """Heading, explanation and comparisons; nothing where there are none."""
+    if not section.comparisons:
+        return ""
+    cards = "".join(_comparison(comparison) for comparison in section.comparisons)
+    return (
+        f"<h2>{escape(section.title)}</h2><p>{escape(section.explanation)}</p>"
+        f'<div class="{"film" if section.film else "cards"}">{cards}</div>'
+    )
+
+
+def facts(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Names and texts in two columns; nothing where there are none."""
+    lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in rows)
+    return f"<h2>{escape(title)}</h2><dl>{lines}</dl>" if lines else ""
+
+
+def listing(title: str, summary: str, text: str) -> str:
+    """A text as it is, behind a line that unfolds it."""
+    return (
+        f"<h2>{escape(title)}</h2><details><summary>{escape(summary)}</summary>"
+        f"<pre>{escape(text)}</pre></details>"
+    )
+
+
+def link(title: str, text: str, address: str) -> str:
+    """A sentence and where to read on: an address relative to the page."""
+    target = escape(address)
+    return f'<h2>{escape(title)}</h2><p>{escape(text)} <a href="{target}">{target}</a></p>'
 
 
 def embed(picture: Path | np.ndarray) -> str:
@@ -101,16 +153,6 @@ def _table(table: Table) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
 
 
-def _section(section: Section) -> str:
-    if not section.comparisons:
-        return ""
-    cards = "".join(_comparison(comparison) for comparison in section.comparisons)
-    return (
-        f"<h2>{escape(section.title)}</h2><p>{escape(section.explanation)}</p>"
-        f'<div class="cards">{cards}</div>'
-    )
-
-
 def _comparison(comparison: Comparison) -> str:
     panels = "".join(
         f'<figure><img src="{embed(panel.picture)}" loading="lazy" '
@@ -119,11 +161,6 @@ def _comparison(comparison: Comparison) -> str:
         for panel in comparison.panels
     )
     return f'<article><h3>{escape(comparison.prompt)}</h3><div class="row">{panels}</div></article>'
-
-
-def _method(method: Sequence[tuple[str, str]]) -> str:
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in method)
-    return f"<h2>How this was measured</h2><dl>{rows}</dl>"
 
 
 _PAGE = """<!doctype html>
@@ -166,10 +203,34 @@ article { background: var(--card); border: 1px solid var(--line); border-radius:
 .row { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: .5rem; }
 figure { margin: 0; min-width: 0; }
 figure img { width: 100%; height: auto; display: block; border-radius: 4px; }
+.film { display: grid; gap: .9rem; }
+.film .row { grid-auto-flow: row;
+  grid-template-columns: repeat(auto-fill, minmax(min(45%, 11rem), 1fr)); }
 figcaption { font-size: .82rem; margin-top: .25rem; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .35rem 1rem; }
 dt { font-weight: 600; }
 dd { margin: 0; overflow-wrap: anywhere; }
+svg { display: block; width: 100%; height: auto; }
+svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg .end { text-anchor: end; }
+svg .middle { text-anchor: middle; }
+svg path { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linecap: round;
+  stroke-linejoin: round; }
+svg .rule { color: var(--line); stroke-width: 1; }
+.main { color: var(--accent); }
+.pale { color: var(--soft); }
+svg .pale { stroke-width: 1; opacity: .55; }
+.limit { color: var(--warn); }
+svg .limit { stroke-width: 1.2; stroke-dasharray: 5 4; }
+.key { margin: .2rem 0 0; font-size: .8rem; }
+.key span { margin-right: 1rem; }
+.key span::before { content: ""; display: inline-block; width: 1.1em; margin-right: .4em;
+  vertical-align: middle; border-top: 2px solid; }
+.key .limit::before { border-top-style: dashed; }
+summary { cursor: pointer; color: var(--soft); }
+pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; padding: .8rem; font-size: .82rem; line-height: 1.45; }
+a { color: var(--accent); }
 @media (max-width: 34rem) { dl { display: block; } dd { margin: 0 0 .6rem; }
   .verdict { font-size: 1.15rem; }
   th, td { padding: .4rem .5rem; white-space: normal; }

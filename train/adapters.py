@@ -14,11 +14,15 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def add(unet: Any, config: LoraConfig) -> None:
-    """Freezes the UNet and adds fp32 adapters to the layers that `config.targets` names."""
+def add(unet: Any, config: LoraConfig, *, seed: int) -> None:
+    """Freezes the UNet and adds fp32 adapters to the layers that `config.targets` names.
+
+    Their first values depend on `seed` alone, not on what drew random numbers before.
+    """
     import torch
     from peft import LoraConfig as PeftConfig
 
+    torch.manual_seed(seed)
     unet.requires_grad_(False)
     suffixes = [suffix for target in config.targets for suffix in TARGETS[target]]
     unet.add_adapter(

@@ -45,10 +45,13 @@ def save_lora(unet: Any, directory: Path) -> None:
             "diverged; lower "
             "optim.learning_rate"
         )
+    # diffusers leaves loaded adapters in training mode: a dropout named here would act when
+    # generating.
+    metadata = unet.peft_config["default"].to_dict() | {"lora_dropout": 0.0, "inference_mode": True}
     StableDiffusionPipeline.save_lora_weights(
         save_directory=str(directory),
         unet_lora_layers={name: tensor.detach().cpu() for name, tensor in state.items()},
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        unet_lora_adapter_metadata=metadata,
     )
 
 

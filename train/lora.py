@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     pipeline = models.load_base(config, accelerator)
     batches = pictures.batches(planned.pictures, pipeline, config, accelerator)
     objective = Objective.of(pipeline.scheduler, config.diffusion)
-    method = Lora(pipeline, objective, config.lora)
+    method = Lora(pipeline, objective, config.lora, seed=config.seed)
     fit(method, batches, config, accelerator)
     export.publish(method, config.output / "adapter", accelerator)
 
@@ -43,10 +43,12 @@ def main(arguments: list[str]) -> None:
 class Lora:
     """Low-rank updates of the UNet's layers (Hu et al. 2021); everything else is frozen."""
 
-    def __init__(self, pipeline: Pipeline, objective: Objective, config: LoraConfig) -> None:
+    def __init__(
+        self, pipeline: Pipeline, objective: Objective, config: LoraConfig, *, seed: int
+    ) -> None:
         from train.denoiser import Denoiser
 
-        adapters.add(pipeline.unet, config)
+        adapters.add(pipeline.unet, config, seed=seed)
         self._pipeline = pipeline
         self.model = Denoiser(pipeline.unet, objective)
 

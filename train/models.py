@@ -154,7 +154,7 @@ def load_pipeline(
     import torch
     from diffusers import StableDiffusionPipeline
 
-    settings: dict[str, Any] = {"torch_dtype": dtype or torch.float32, "safety_checker": None}
+    settings: dict[str, Any] = {"dtype": dtype or torch.float32, "safety_checker": None}
     try:
         if Path(path).is_file():
             pipeline = StableDiffusionPipeline.from_single_file(

@@ -199,10 +199,17 @@ class _on_device:
     def __enter__(self) -> None:
         import torch
 
-        self._module.to(self._accelerator.device, torch.float32)
+        _move(self._module, self._accelerator.device, torch.float32)
 
     def __exit__(self, *_: object) -> None:
-        self._module.to(*self._before)
+        _move(self._module, *self._before)
+
+
+def _move(module: Any, device: Any, dtype: Any) -> None:
+    # diffusers warns at every cast of a model, needed or not.
+    module.to(device)
+    if module.dtype != dtype:
+        module.to(dtype)
 
 
 def _progress(what: str, accelerator: Accelerator) -> Callable[[int, int], None]:

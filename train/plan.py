@@ -49,12 +49,9 @@ def plan(config: RunConfig, *, result: str, trainable_bytes: int) -> Plan | None
 
 def start(config: RunConfig, planned: Plan) -> Accelerator:
     """The accelerator, and the run directory with its configuration and manifest."""
-    from accelerate.utils import set_seed
-
     from train.launch import open_accelerator
 
     accelerator = open_accelerator(config.train.mixed_precision)
-    set_seed(config.seed)
     if accelerator.is_main_process:
         facts = {
             "base": planned.base.__dict__,

@@ -1,0 +1,108 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.tiny import tiny_pipeline
+from train import adapters, export
+from train.config import LoraConfig, UserError
+
+ALL = ["attention", "proj", "feed_forward", "convolution"]
+
+
+def trained(config: LoraConfig):
+    """A pipeline whose adapter has, as after training, no zeros left in it."""
+    pipeline = tiny_pipeline()
+    adapters.add(pipeline.unet, config, seed=0)
+    torch.manual_seed(1)
+    for parameter in pipeline.unet.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return pipeline
+
+
+def picture(pipeline) -> np.ndarray:
+    return pipeline(
+        "a red cat",
+        num_inference_steps=3,
+        width=64,
+        height=64,
+        generator=torch.Generator("cpu").manual_seed(0),
+        output_type="np",
+    ).images
+
+
+@pytest.mark.parametrize("alpha", [4.0, 10.0])
+def test_an_untouched_pipeline_makes_the_same_pixels_with_the_adapter(tmp_path, alpha):
+    pipeline = trained(LoraConfig(rank=4, alpha=alpha, targets=ALL))
+    export.save_lora(pipeline.unet, tmp_path)
+    other = tiny_pipeline()
+    before = picture(other)
+    other.load_lora_weights(str(tmp_path))
+    expected = picture(pipeline)
+    assert np.array_equal(picture(other), expected)
+    assert not np.array_equal(before, expected)
+
+
+def test_the_file_is_fp32_with_rank_and_alpha_in_its_metadata(tmp_path):
+    pipeline = trained(LoraConfig(rank=2, alpha=6.0))
+    export.save_lora(pipeline.unet, tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    assert {t.dtype for t in load_file(file).values()} == {torch.float32}
+    with safe_open(file, "pt") as opened:
+        settings = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert (settings["unet.r"], settings["unet.lora_alpha"]) == (2, 6.0)
+
+
+def test_an_adapter_that_is_not_finite_is_never_written(tmp_path):
+    pipeline = trained(LoraConfig())
+    next(p for p in pipeline.unet.parameters() if p.requires_grad).data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite.*learning_rate"):
+        export.save_lora(pipeline.unet, tmp_path / "adapter")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_whole_pipeline_comes_back_bit_identical(tmp_path):
+    from train.models import load_pipeline
+
+    pipeline = tiny_pipeline()
+    export.save_pipeline(pipeline, tmp_path)
+    assert not list(tmp_path.rglob("*.bin"))
+    assert np.array_equal(picture(load_pipeline(str(tmp_path))), picture(pipeline))
+
+
+class Writes:
+    """A method whose export writes one file, or fails half-way."""
+
+    def __init__(self, text: str, fail: bool = False) -> None:
+        self.text, self.fail = text, fail
+
+    def export(self, directory) -> None:
+        (directory / "sub").mkdir()
+        (directory / "sub/file").write_text(self.text)
+        if self.fail:
+            raise RuntimeError("disk full")
+
+
+def test_publishing_replaces_the_folder_at_once_or_leaves_it(tmp_path):
+    main = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    result = tmp_path / "adapter"
+    export.publish(Writes("old"), result, main)
+    (result / "stray").write_text("from before")
+    with pytest.raises(RuntimeError):
+        export.publish(Writes("torn", fail=True), result, main)
+    assert (result / "sub/file").read_text() == "old"
+    export.publish(Writes("new"), result, main)
+    assert (result / "sub/file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert not (result / "stray").exists()
+
+
+def test_only_the_main_process_publishes(tmp_path):
+    other = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
+    export.publish(Writes("x"), tmp_path / "adapter", other)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,197 @@
+"""train/lora.py end to end, on a tiny base: what moves, what resumes, what loads elsewhere."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from eval.generation import to_uint8
+from tests.runs import arguments, finish, launch, make_world
+from train import lora, models
+from train.config import UserError
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """One finished, uninterrupted run."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    lora.main(arguments(world, output))
+    return output
+
+
+def adapter(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+def losses(output: Path) -> list[float]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_the_run_directory_holds_what_the_contract_names(run):
+    config = (run / "config.yaml").read_text()
+    manifest = json.loads((run / "manifest.json").read_text())
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert "rank: 2" in config
+    assert manifest["dataset"]["pictures"] == 9 and manifest["packages"]["torch"]
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second"} <= first.keys()
+    assert {"data_wait_fraction", "peak_memory_gib"} <= first.keys()
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "step-00000004",
+        "step-00000006",
+    ]
+    assert (run / "previews" / "base" / "01.png").is_file()
+    assert (run / "previews" / "step-00000006" / "grid.png").is_file()
+
+
+def test_every_adapter_weight_moves_and_the_base_does_not(world, tmp_path):
+    from train.config import LoraConfig, LoraRun, load
+
+    config = load(LoraRun, arguments(world, tmp_path / "run"))
+    pipeline = models.load_pipeline(str(world / "base"))
+    before = {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
+    lora.main(arguments(world, tmp_path / "run"))
+    after = load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors")
+    method = lora.Lora(pipeline, _objective(pipeline, config), LoraConfig(rank=2), seed=0)
+    start = {k: v for k, v in method.model.named_parameters() if v.requires_grad}
+    assert after.keys() == start.keys() and len(after) == 2 * 4 * 2 * 4
+    assert all(not torch.equal(after[name], start[name]) for name in after)
+    base_again = models.load_pipeline(str(world / "base")).unet.state_dict()
+    assert all(torch.equal(before[name], base_again[name]) for name in before)
+
+
+def _objective(pipeline, config):
+    from train.diffusion import Objective
+
+    return Objective.of(pipeline.scheduler, config.diffusion)
+
+
+def test_the_adapter_in_an_untouched_pipeline_gives_the_preview_s_pixels(world, run):
+    pipeline = StableDiffusionPipeline.from_pretrained(world / "base", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    base = _picture(pipeline)
+    pipeline.load_lora_weights(str(run / "adapter"))
+    preview = np.asarray(Image.open(run / "previews" / "step-00000006" / "01.png"))
+    assert np.array_equal(_picture(pipeline), preview)
+    assert not np.array_equal(base, preview)
+
+
+def _picture(pipeline):
+    image = pipeline(
+        "a small blue star",
+        num_inference_steps=2,
+        guidance_scale=2,
+        generator=torch.Generator().manual_seed(1),
+        width=64,
+        height=64,
+        output_type="np",
+    ).images[0]
+    return to_uint8(image)
+
+
+def test_the_same_command_on_a_finished_run_does_nothing(world, run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    lora.main(arguments(world, run))
+    assert "is finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_another_configuration_in_the_same_directory_is_refused_by_key(world, run):
+    with pytest.raises(UserError, match=r"optim.learning_rate: 0.01 -> 0.02"):
+        lora.main(arguments(world, run, "optim.learning_rate=0.02"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(world, run, tmp_path, workers):
+    lora.main(arguments(world, tmp_path / "run", f"data.workers={workers}", "preview.every=0"))
+    assert_same(adapter(tmp_path / "run"), adapter(run))
+
+
+def test_micro_batches_only_cut_the_batch(world, tmp_path):
+    for size in (1, 4):
+        lora.main(
+            arguments(
+                world,
+                tmp_path / str(size),
+                f"train.micro_batch_size={size}",
+                "lora.dropout=0",
+                "optim.learning_rate=1e-3",
+            )
+        )
+    one, four = adapter(tmp_path / "1"), adapter(tmp_path / "4")
+    assert max(float((one[name] - four[name]).abs().max()) for name in one) < 1e-5
+
+
+def test_a_cached_run_encodes_nothing(world, run, tmp_path, monkeypatch):
+    calls = []
+    for name in ("latent_encoder", "caption_encoder"):
+        original = getattr(models, name)
+
+        def counting(*parts, name=name, original=original):
+            encode = original(*parts)
+            return lambda batch: calls.append(name) or encode(batch)
+
+        monkeypatch.setattr(models, name, counting)
+    lora.main(arguments(world, tmp_path / "run", "preview.every=0"))
+    assert calls == []
+    lora.main(arguments(world, tmp_path / "b", "preview.every=0", f"data.cache={tmp_path / 'c'}"))
+    assert {"latent_encoder", "caption_encoder"} == set(calls)
+
+
+def test_killed_anywhere_and_repeated_ends_in_the_same_bits(world, run, tmp_path):
+    output = tmp_path / "run"
+    # Before the first checkpoint, just past one, and twice in the second epoch.
+    for kill_after in (1, 3, 4, 5):
+        process = launch("train/lora.py", *arguments(world, output))
+        _wait_for_step(process, output, kill_after)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finish(launch("train/lora.py", *arguments(world, output)))
+    assert_same(adapter(output), adapter(run))
+    assert losses(output) == losses(run)
+
+
+def _wait_for_step(process, output: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "metrics.jsonl").exists() and len(losses_so_far(output)) >= step:
+            return
+        time.sleep(0.005)
+
+
+def losses_so_far(output: Path) -> list[str]:
+    return (output / "metrics.jsonl").read_text().splitlines()
+
+
+def test_two_processes_train_on_the_same_samples_to_the_same_weights(world, tmp_path):
+    settings = ["lora.dropout=0", "preview.every=0", "optim.learning_rate=1e-3"]
+    lora.main(arguments(world, tmp_path / "one", *settings))
+    finish(launch("train/lora.py", *arguments(world, tmp_path / "two", *settings), processes=2))
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5)
+    manifest = json.loads((tmp_path / "two" / "manifest.json").read_text())
+    assert manifest["processes"] == 2
+
+
+def test_mixed_precision_keeps_the_adapter_in_fp32(world, tmp_path):
+    lora.main(arguments(world, tmp_path / "run", "train.mixed_precision=bf16", "preview.every=0"))
+    assert {tensor.dtype for tensor in adapter(tmp_path / "run").values()} == {torch.float32}
+    assert all(np.isfinite(losses(tmp_path / "run")))
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
