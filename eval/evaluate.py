@@ -64,6 +64,9 @@ def main(arguments: list[str]) -> None:
         wait=state.wait_for_everyone,
     )
     if metrics:
+        from train.report import write as write_run_report
+
+        write_run_report(run)
         _print_summary(metrics, run / "eval" / "report.html")
     state.destroy_process_group()
 

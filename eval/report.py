@@ -1,22 +1,27 @@
 """Reports as one HTML file each: no script, no network, readable on a phone, light and dark.
 
-`write_report` is the evaluation's; train/report.py builds the run's from the same pieces. A piece is
-a string of HTML in which all text is escaped.
+`write_report` is the evaluation's; train/report.py builds the run's from the same pieces. A piece
+is a string of HTML in which all text is escaped.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 _LONGEST_SIDE = 512  # pixels of an embedded picture: a phone's width at 3x, 100 pictures in 10 MB
+_WIDTH, _HEIGHT = 400, 200  # of a chart, in units of its text's pixels
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 392, 26, 168  # of the area inside its axes
+_COLUMNS = 300  # of a curve; within one only the least and the largest value are drawn
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,27 @@ class Table:
 
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[tuple[str, str]]]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value (not finite: a gap) at every x of its chart."""
+
+    name: str
+    values: Sequence[float]
+    look: Literal["main", "pale", "limit"] = "main"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one x axis; `y_label` and `x_label` name the units."""
+
+    title: str
+    y_label: str
+    x_label: str
+    x: Sequence[float]
+    curves: Sequence[Curve]
+    from_zero: bool = True
 
 
 def write_report(
@@ -128,6 +154,15 @@ def link(title: str, text: str, address: str) -> str:
     return f'<h2>{escape(title)}</h2><p>{escape(text)} <a href="{target}">{target}</a></p>'
 
 
+def charts(title: str, explanation: str, drawn: Sequence[Chart]) -> str:
+    """Charts side by side; one without a finite value is left out."""
+    cards = "".join(_chart(chart) for chart in drawn)
+    if not cards:
+        return ""
+    heading = f"<h2>{escape(title)}</h2><p>{escape(explanation)}</p>"
+    return f'{heading}<div class="cards pairs">{cards}</div>'
+
+
 def embed(picture: Path | np.ndarray) -> str:
     """A picture as a data: address; PNG as it is where small, else a JPEG of at most 512 pixels."""
     from PIL import Image
@@ -163,6 +198,90 @@ def _comparison(comparison: Comparison) -> str:
     return f'<article><h3>{escape(comparison.prompt)}</h3><div class="row">{panels}</div></article>'
 
 
+def _chart(chart: Chart) -> str:
+    finite = [v for curve in chart.curves for v in curve.values if math.isfinite(v)]
+    if not finite:
+        return ""
+    y_ticks = _ticks(min([*finite, 0.0] if chart.from_zero else finite), max(finite))
+    x_ticks = [tick for tick in _ticks(0.0, max(chart.x)) if tick <= max(chart.x)]
+    x_span, y_span = (0.0, max(chart.x) or 1.0), (y_ticks[0], y_ticks[-1])
+    paths = "".join(
+        f'<path class="{curve.look}" d="{_path(chart.x, curve.values, x_span, y_span)}"/>'
+        for curve in chart.curves
+    )
+    rules = "".join(_y_rule(tick, y_span) for tick in y_ticks)
+    marks = "".join(_x_mark(tick, x_span) for tick in x_ticks)
+    several = chart.curves if len(chart.curves) > 1 else []
+    key = "".join(f'<span class="{c.look}">{escape(c.name)}</span>' for c in several)
+    label = escape(f"{chart.title}, {chart.y_label}, over {chart.x_label}")
+    return (
+        f'<article><h3>{escape(chart.title)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{label}">{rules}{marks}<text x="0" y="11">{escape(chart.y_label)}</text>'
+        f'<text class="end" x="{_RIGHT}" y="{_HEIGHT - 3}">{escape(chart.x_label)}</text>'
+        f'{paths}</svg><p class="key">{key}</p></article>'
+    )
+
+
+def _path(
+    x: Sequence[float],
+    y: Sequence[float],
+    x_span: tuple[float, float],
+    y_span: tuple[float, float],
+) -> str:
+    """SVG path data; values that are not finite break the curve, a lone one is a dot."""
+    strokes: list[list[str]] = [[]]
+    for at, value in _thin(list(zip(x, y, strict=True))):
+        if math.isfinite(value):
+            across = _place(at, x_span, _LEFT, _RIGHT)
+            strokes[-1].append(f"{across} {_place(value, y_span, _BOTTOM, _TOP)}")
+        elif strokes[-1]:
+            strokes.append([])
+    return "".join(f"M{'L'.join(stroke)}h0" for stroke in strokes if stroke)
+
+
+def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most two points for each of _COLUMNS equal parts: no spike is lost, no page is huge."""
+    size = -(-len(points) // _COLUMNS)
+    if size <= 2:
+        return points
+    kept: list[tuple[float, float]] = []
+    for start in range(0, len(points), size):
+        finite = [(y, x) for x, y in points[start : start + size] if math.isfinite(y)]
+        ends = sorted((x, y) for y, x in {min(finite), max(finite)}) if finite else []
+        kept += ends or [points[start]]
+    return kept
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Up to six or so evenly spaced round numbers, the outer two at or beyond low and high."""
+    high = high if high > low else low + (abs(low) or 1.0)
+    rough = (high - low) / 4
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * factor for factor in (1, 2, 5, 10, 20) if size * factor >= rough)
+    return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def _place(value: float, span: tuple[float, float], start: float, end: float) -> str:
+    return f"{start + (value - span[0]) / (span[1] - span[0]) * (end - start):.4g}"
+
+
+def _y_rule(tick: float, span: tuple[float, float]) -> str:
+    y = _place(tick, span, _BOTTOM, _TOP)
+    return (
+        f'<path class="rule" d="M{_LEFT} {y}H{_RIGHT}"/>'
+        f'<text class="end" x="{_LEFT - 6}" y="{y}" dy="4">{_tick_label(tick)}</text>'
+    )
+
+
+def _x_mark(tick: float, span: tuple[float, float]) -> str:
+    x = _place(tick, span, _LEFT, _RIGHT)
+    return f'<text class="middle" x="{x}" y="{_BOTTOM + 15}">{_tick_label(tick)}</text>'
+
+
+def _tick_label(tick: float) -> str:
+    return f"{tick:,.7g}".replace("e-0", "e-").replace("e+0", "e")
+
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -189,6 +308,7 @@ small { display: block; color: var(--soft); font-size: .8rem; font-weight: 400; 
   border-left: 4px solid var(--accent); }
 .warning { color: var(--warn); background: var(--warnbg); padding: .6rem .8rem; margin: .6rem 0;
   border-radius: 6px; }
+.warning + .verdict { margin-top: 1.2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; min-width: min(100%, 30rem);
   font-variant-numeric: tabular-nums; }
@@ -203,6 +323,7 @@ article { background: var(--card); border: 1px solid var(--line); border-radius:
 .row { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: .5rem; }
 figure { margin: 0; min-width: 0; }
 figure img { width: 100%; height: auto; display: block; border-radius: 4px; }
+.pairs { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
 .film { display: grid; gap: .9rem; }
 .film .row { grid-auto-flow: row;
   grid-template-columns: repeat(auto-fill, minmax(min(45%, 11rem), 1fr)); }

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from tests.tiny import tiny_pipeline
 from train import adapters, export
 from train.config import LoraConfig, UserError
+from train.previews import at_rest
 
 ALL = ["attention", "proj", "feed_forward", "convolution"]
 
 
 def trained(config: LoraConfig):
-    """A pipeline whose adapter has, as after training, no zeros left in it."""
+    """A pipeline in training whose adapter has no zeros left in it."""
     pipeline = tiny_pipeline()
     adapters.add(pipeline.unet, config, seed=0)
     torch.manual_seed(1)
@@ -43,9 +44,22 @@ def test_an_untouched_pipeline_makes_the_same_pixels_with_the_adapter(tmp_path, 
     other = tiny_pipeline()
     before = picture(other)
     other.load_lora_weights(str(tmp_path))
-    expected = picture(pipeline)
+    with at_rest(pipeline.unet):
+        expected = picture(pipeline)
     assert np.array_equal(picture(other), expected)
     assert not np.array_equal(before, expected)
+
+
+def test_a_preview_leaves_training_as_it_was():
+    unet = trained(LoraConfig(dropout=0.5)).unet
+    unet.train()
+    unet.conv_in.eval()
+    states = [[m.training for m in unet.modules()], [p.requires_grad for p in unet.parameters()]]
+    with pytest.raises(KeyboardInterrupt), at_rest(unet):
+        assert not any(m.training for m in unet.modules())
+        raise KeyboardInterrupt
+    assert states[0] == [m.training for m in unet.modules()]
+    assert states[1] == [p.requires_grad for p in unet.parameters()]
 
 
 def test_the_file_is_fp32_with_rank_and_alpha_in_its_metadata(tmp_path):

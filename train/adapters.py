@@ -13,6 +13,13 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "convolution": ("conv1", "conv2", "conv_shortcut"),
 }
 
+_BYTES_PER_RANK = {  # on SD 2.1, fp32
+    "attention": 830_000,
+    "proj": 200_000,
+    "feed_forward": 700_000,
+    "convolution": 2_100_000,
+}
+
 
 def add(unet: Any, config: LoraConfig, *, seed: int) -> None:
     """Freezes the UNet and adds fp32 adapters to the layers that `config.targets` names.
@@ -25,6 +32,8 @@ def add(unet: Any, config: LoraConfig, *, seed: int) -> None:
     torch.manual_seed(seed)
     unet.requires_grad_(False)
     suffixes = [suffix for target in config.targets for suffix in TARGETS[target]]
+    if not any(name.endswith(tuple(f".{s}" for s in suffixes)) for name, _ in unet.named_modules()):
+        raise UserError(f"lora.targets={config.targets} match no layer of this UNet")
     unet.add_adapter(
         PeftConfig(
             r=config.rank,
@@ -34,15 +43,12 @@ def add(unet: Any, config: LoraConfig, *, seed: int) -> None:
             init_lora_weights="gaussian",
         )
     )
-    trained = [p for p in unet.parameters() if p.requires_grad]
-    if not trained:
-        raise UserError(f"lora.targets={config.targets} match no layer of this UNet")
-    for parameter in trained:
-        # PEFT gives adapters the base's dtype, in which small updates vanish.
-        parameter.data = parameter.data.to(torch.float32)
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            # PEFT gives adapters the base's dtype, in which small updates vanish.
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def estimated_bytes(config: LoraConfig) -> int:
-    """Upper estimate of the adapter's fp32 size on SD 2.1, for the disk preflight: 7 MB per rank
-    and target."""
-    return 7_000_000 * config.rank * len(config.targets) // 8 + 2**20
+    """Upper estimate of the adapter's fp32 size on SD 2.1, for the disk preflight."""
+    return config.rank * sum(_BYTES_PER_RANK[target] for target in config.targets) + 2**20

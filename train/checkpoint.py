@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 FORMAT = 1
 _TEMPORARY = ".writing-"
+_FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 class DamagedCheckpoint(Exception):
@@ -36,7 +37,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+        names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -123,11 +125,11 @@ def verify(path: Path) -> dict[str, Any]:
         ) from None
     if manifest.get("format") != FORMAT:
         raise DamagedCheckpoint(f"{path} has format {manifest.get('format')}, expected {FORMAT}")
-    for name, expected in listed.items():
+    for name in sorted({*_FILES, *listed}):
         file = path / name
         if not file.is_file():
             raise DamagedCheckpoint(f"{file} is missing")
-        if _measure(file) != expected:
+        if _measure(file) != listed.get(name):
             raise DamagedCheckpoint(f"{file} is damaged: size or hash differ from the manifest")
     return manifest
 

@@ -114,7 +114,9 @@ class LoraConfig(Section):
     """Strength of the update: its scale is alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    targets: list[Literal["attention", "proj", "feed_forward", "convolution"]] = ["attention"]
+    targets: list[Literal["attention", "proj", "feed_forward", "convolution"]] = Field(
+        ["attention"], min_length=1
+    )
     """Which UNet layers get an adapter: attention (to_q, to_k, to_v, to_out), proj (proj_in,
     proj_out of the transformers), feed_forward, convolution (the resnets')."""
 

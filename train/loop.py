@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from train import optim
 from train.checkpoint import Checkpoints
-from train.config import LoopConfig, TrainConfig
+from train.config import LoopConfig
 from train.method import Method
 from train.previews import Previews
 from train.tracking import Trackers, open_trackers
@@ -41,12 +41,11 @@ def fit(
     batches: Batches,
     config: LoopConfig,
     accelerator: Accelerator,
-) -> int:
-    """Trains `method` to `config.train.steps` optimizer steps, resuming from the run's newest
-    checkpoint.
+) -> None:
+    """Trains to `config.train.steps` optimizer steps, resuming from the run's newest checkpoint.
 
-    Returns the step it started from. Everything else a step needs is a function of the step, so a
-    resumed run repeats an uninterrupted one exactly.
+    Whatever a step needs beyond weights and optimizer is a function of the step, so a resumed run
+    repeats an uninterrupted one bit for bit.
     """
     output, steps = Path(config.output), config.train.steps
     raw = method.model
@@ -66,8 +65,11 @@ def fit(
         main=accelerator.is_main_process,
     )
     previews = Previews(output / "previews", config.preview, accelerator)
-    previews.base(method)
-    meter = Meter(accelerator, trackers, config.train, start=start, every=config.tracking.every)
+    if start == 0:
+        previews.base(method)
+    elif due(start, config.preview.every, steps):
+        previews.render(method, start)  # in case the run ended between checkpoint and preview
+    meter = Meter(accelerator, trackers, steps=steps, start=start, every=config.tracking.every)
 
     for step, micro_batches in enumerate(meter.waiting(batches(start)), start):
         rate = schedule.apply(step)
@@ -77,16 +79,21 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
-        meter.record(done, done / batches.steps_per_epoch, loss, rate, norm)
-        if done == steps or done % config.checkpoint.every == 0:
+        epoch = done / batches.steps_per_epoch
+        meter.record(done, epoch, loss, rate, norm, images=global_images(micro_batches))
+        if due(done, config.checkpoint.every, steps):
             if accelerator.is_main_process:
                 checkpoints.save(done, raw, optimizer.optimizer, **scaler_state(accelerator))
             accelerator.wait_for_everyone()
-        if config.preview.every and (done == steps or done % config.preview.every == 0):
+        if due(done, config.preview.every, steps):
             previews.render(method, done)
     meter.close()
     trackers.finish()
-    return start
+
+
+def due(done: int, every: int, steps: int) -> bool:
+    """Whether something done every so many steps (0: never) and at the last is due after `done`."""
+    return every > 0 and (done == steps or done % every == 0)
 
 
 def accumulate(
@@ -121,6 +128,13 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little") % 2**63)
 
 
+def global_images(micro_batches: list[MicroBatch]) -> int:
+    """Images in the global batch, of which each weighs 1/n; 0 where all of this process's are
+    padding."""
+    weight = max(float(batch["weight"].max()) for batch in micro_batches)
+    return round(1 / weight) if weight else 0
+
+
 def scaler_state(accelerator: Accelerator) -> dict[str, Any]:
     return {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler is not None else {}
 
@@ -132,15 +146,15 @@ class Meter:
         self,
         accelerator: Accelerator,
         trackers: Trackers,
-        config: TrainConfig,
         *,
+        steps: int,
         start: int,
         every: int,
     ) -> None:
         self._accelerator, self._trackers = accelerator, trackers
-        self._steps, self._batch_size, self._every = config.steps, config.batch_size, every
+        self._steps, self._every = steps, every
         self._bar = tqdm(
-            total=config.steps,
+            total=steps,
             initial=start,
             unit="step",
             disable=not accelerator.is_main_process,
@@ -150,7 +164,8 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._since, self._waited, self._count = time.perf_counter(), 0.0, 0
+        self._since, self._waited = time.perf_counter(), 0.0
+        self._count = self._images = 0
         self._loss = torch.zeros((), device=self._accelerator.device)
 
     def waiting(self, batches: Iterable[Any]) -> Iterable[Any]:
@@ -165,10 +180,13 @@ class Meter:
             self._waited += time.perf_counter() - before
             yield batch
 
-    def record(self, done: int, epoch: float, loss: Tensor, rate: float, norm: Any) -> None:
+    def record(
+        self, done: int, epoch: float, loss: Tensor, rate: float, norm: Any, *, images: int
+    ) -> None:
         """Counts one optimizer step; every so often reads the device once and logs a line."""
         self._loss += loss
         self._count += 1
+        self._images += images
         self._bar.update()
         if done % self._every and done != self._steps:
             return
@@ -180,7 +198,7 @@ class Meter:
             "loss": float(total) / self._count,
             "lr": rate,
             "grad_norm": float(norm),
-            "images_per_second": round(self._count * self._batch_size / seconds, 3),
+            "images_per_second": round(self._images / seconds, 3),
             "data_wait_fraction": round(self._waited / seconds, 4),
             "peak_memory_gib": round(peak_memory_gib(self._accelerator.device), 3),
         }

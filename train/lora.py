@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
         return
 
     # Heavy imports wait until the run is known to be possible.
-    from train import export, models, pictures
+    from train import export, models, pictures, report
     from train.diffusion import Objective
     from train.loop import fit
 
@@ -38,6 +38,8 @@ def main(arguments: list[str]) -> None:
     method = Lora(pipeline, objective, config.lora, seed=config.seed)
     fit(method, batches, config, accelerator)
     export.publish(method, config.output / "adapter", accelerator)
+    if accelerator.is_main_process:
+        report.write(config.output)
 
 
 class Lora:

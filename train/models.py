@@ -176,6 +176,7 @@ def load_pipeline(
             "or give a local "
             "folder (a single file also needs model.config=FOLDER when offline)"
         ) from None
+    _check_family(Path(path), dict(pipeline.unet.config))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch import nn
 
 from train.config import PreviewConfig
 from train.method import Method
@@ -21,9 +26,8 @@ class Previews:
         self._active = bool(config.every and config.prompts)
 
     def base(self, method: Method) -> None:
-        """The untrained model's pictures, once, before the first step."""
-        if not self._path("base").exists():
-            self._write(method, "base")
+        """The untrained model's pictures; to be called before the first step."""
+        self._write(method, "base")
 
     def render(self, method: Method, step: int) -> None:
         """The pictures after `step` steps, and grid.png: base above, trained below."""
@@ -33,32 +37,33 @@ class Previews:
         return self._folder / name
 
     def _write(self, method: Method, name: str) -> None:
-        if self._active and self._accelerator.is_main_process:
+        if not self._active:
+            return
+        # Only the main process may look: the others would see what it has just written.
+        if self._accelerator.is_main_process and not self._path(name).exists():
             pictures = self._generate(method)
-            folder = self._path(name)
-            folder.mkdir(parents=True, exist_ok=True)
+            temporary = self._path(f".writing-{name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
             for k, picture in enumerate(pictures):
-                picture.save(folder / f"{k:02d}.png")
-            if name != "base":
-                grid([self._base_pictures(len(pictures)), pictures]).save(folder / "grid.png")
-        if self._active:
-            self._accelerator.wait_for_everyone()
+                picture.save(temporary / f"{k:02d}.png")
+            if name != "base" and pictures:
+                grid([*self._base_row(len(pictures)), pictures]).save(temporary / "grid.png")
+            os.replace(temporary, self._path(name))
+        self._accelerator.wait_for_everyone()
 
-    def _base_pictures(self, count: int) -> list[Image.Image]:
-        return [Image.open(self._path("base") / f"{k:02d}.png") for k in range(count)]
+    def _base_row(self, count: int) -> list[list[Image.Image]]:
+        """The base's pictures as one row, or none where previews were asked for only later."""
+        paths = [self._path("base") / f"{k:02d}.png" for k in range(count)]
+        return [[Image.open(path) for path in paths]] if all(p.exists() for p in paths) else []
 
     @torch.no_grad()
     def _generate(self, method: Method) -> list[Image.Image]:
         pipeline = method.pipeline()
         if pipeline is None:
             return []
-        training = [m for m in method.model.modules() if m.training]
-        method.model.eval()
-        with self._accelerator.autocast():
-            pictures = [self._picture(pipeline, k) for k in range(len(self._config.prompts))]
-        for module in training:
-            module.training = True
-        return pictures
+        with at_rest(method.model), self._accelerator.autocast():
+            return [self._picture(pipeline, k) for k in range(len(self._config.prompts))]
 
     def _picture(self, pipeline: Any, k: int) -> Image.Image:
         config = self._config
@@ -73,6 +78,25 @@ class Previews:
             height=config.resolution,
         )
         return result.images[0]
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """The model as a user would load it: without dropout, and with nothing that requires gradients.
+
+    Whether a weight does decides, on a CPU even under `no_grad`, which kernel multiplies, and so
+    the last bit: pictures of the exported weights would differ from the previews.
+    """
+    training = [module for module in model.modules() if module.training]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def grid(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:

@@ -78,9 +78,16 @@ def check_space(folder: Path, needed: int, *, what: str) -> None:
 def create(config: RunConfig, manifest: dict[str, Any]) -> None:
     """Writes config.yaml and manifest.json; called by one process."""
     config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / "config.yaml").write_text(dump(config), encoding="utf-8")
+    _write(config.output / "config.yaml", dump(config))
     text = json.dumps({**environment(), **manifest}, indent=2)
-    (config.output / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    _write(config.output / "manifest.json", text + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: a run killed here must still resume."""
+    temporary = path.with_name(f".writing-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def environment() -> dict[str, Any]:
@@ -115,11 +122,13 @@ def _check_same(config: RunConfig) -> None:
     path = config.output / "config.yaml"
     try:
         old = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({error}); choose another output=") from None
+    if not isinstance(old, dict):
+        raise UserError(f"{path} is no configuration of a run; choose another output=")
     changed = [
         line
-        for line in differences(old or {}, config.model_dump(mode="json"))
+        for line in differences(old, config.model_dump(mode="json"))
         if not line.startswith(HARMLESS)
     ]
     if changed:

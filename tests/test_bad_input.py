@@ -1,0 +1,142 @@
+"""A mistake is one message naming it and the remedy, exit code 2, before anything heavy."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.runs import ROOT, arguments, make_world
+from train import lora
+from train.config import UserError
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), pictures=3)
+
+
+def run(*args, entry="train/lora.py"):
+    return subprocess.run(
+        [sys.executable, str(ROOT / entry), *args], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def complaint(world, tmp_path, *overrides):
+    with pytest.raises(UserError) as caught:
+        lora.main(arguments(world, tmp_path / "run", "dry_run=true", *overrides))
+    assert not (tmp_path / "run").exists()
+    return str(caught.value)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(world, tmp_path):
+    result = run(*arguments(world, tmp_path / "run", "lora.rnak=8"))
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [result.stderr.strip()]
+    assert "lora.rnak" in result.stderr and "did you mean 'lora.rank'" in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_valid_dry_run_says_the_plan_and_writes_nothing(world, tmp_path):
+    result = run(*arguments(world, tmp_path / "run", "dry_run=true"))
+    assert result.returncode == 0, result.stderr
+    assert "3 pictures" in result.stdout and "nothing trained" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_dataset_is_named(world, tmp_path):
+    assert "/nowhere" in complaint(world, tmp_path, "data.path=/nowhere")
+
+
+def test_an_empty_dataset_is_named(world, tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = complaint(world, tmp_path, f"data.path={tmp_path / 'empty'}")
+    assert str(tmp_path / "empty") in message
+
+
+def test_an_unreadable_picture_is_named(world, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    (folder / "broken.txt").write_text("a picture")
+    assert "broken.png" in complaint(world, tmp_path, f"data.path={folder}")
+
+
+def test_a_missing_model_part_is_named(world, tmp_path):
+    base = tmp_path / "base"
+    os.symlink(world / "base", base)
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    for part in (world / "base").iterdir():
+        if part.name != "vae":
+            os.symlink(part, partial / part.name)
+    assert "lacks vae" in complaint(world, tmp_path, f"model.path={partial}")
+
+
+def test_another_family_is_named(world, tmp_path):
+    base = _copy_with_unet(world, tmp_path, cross_attention_dim=768, use_linear_projection=False)
+    assert "Stable Diffusion 1" in complaint(world, tmp_path, f"model.path={base}")
+
+
+def _copy_with_unet(world, tmp_path, **changes):
+    base = tmp_path / "other"
+    (base / "unet").mkdir(parents=True)
+    for part in (world / "base").iterdir():
+        if part.name != "unet":
+            os.symlink(part, base / part.name)
+    config = json.loads((world / "base" / "unet" / "config.json").read_text())
+    (base / "unet" / "config.json").write_text(json.dumps(config | changes))
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    save_file(load_file(world / "base" / weights), base / weights)
+    return base
+
+
+def test_no_space_is_said_before_anything_is_written(world, tmp_path, monkeypatch):
+    from train import rundir
+
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(rundir.shutil, "disk_usage", lambda path: usage)
+    message = complaint(world, tmp_path)
+    assert "not enough space" in message and "free" in message
+
+
+def test_a_pickled_model_is_refused(world, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04")
+    assert "safetensors" in complaint(world, tmp_path, f"model.path={tmp_path / 'model.ckpt'}")
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="output=.*file"):
+        lora.main(arguments(world, tmp_path / "file"))
+
+
+@pytest.mark.parametrize("entry", ["train/lora.py", "train/full.py", "eval/evaluate.py"])
+def test_help_needs_no_heavy_import(entry):
+    code = (
+        "import sys, runpy; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / entry)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    assert "learning_rate" in result.stdout or "evaluation." in result.stdout
+
+
+def test_validation_needs_no_heavy_import(world, tmp_path):
+    code = (
+        "import sys; from train.lora import main; main(sys.argv[1:])\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    dry = arguments(world, tmp_path / "run", "dry_run=true")
+    result = subprocess.run(
+        [sys.executable, "-c", code, *dry], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr

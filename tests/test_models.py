@@ -1,0 +1,242 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import tiny_pipeline, tiny_tokenizer
+from train import models
+from train.config import ModelConfig, UserError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base(saved, tmp_path):
+    """A complete base of one's own to damage."""
+    return shutil.copytree(saved, tmp_path / "tiny")
+
+
+def inspect(path):
+    return models.inspect(ModelConfig(path=str(path)))
+
+
+def refused(path) -> str:
+    with pytest.raises(UserError) as caught:
+        inspect(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# What a checkpoint is
+
+
+def test_a_folder_is_recognised_from_its_json(base):
+    edit(base / "unet/config.json", sample_size=96)
+    found = inspect(base)
+    assert (found.kind, found.prediction_type, found.resolution) == (
+        "diffusers folder",
+        "v_prediction",
+        768,
+    )
+    weights = [f.stat().st_size for f in base.rglob("*.safetensors")]
+    assert found.weight_bytes == sum(weights)
+
+
+def test_epsilon_is_what_a_scheduler_means_that_does_not_say(base):
+    file = base / "scheduler/scheduler_config.json"
+    settings = json.loads(file.read_text())
+    del settings["prediction_type"]
+    file.write_text(json.dumps(settings))
+    assert inspect(base).prediction_type == "epsilon"
+
+
+def test_a_hub_id_and_a_single_file_are_passed_through(tmp_path):
+    assert inspect("owner/model-2.1").kind == "hub id"
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"12345")
+    found = inspect(file)
+    assert (found.kind, found.weight_bytes) == ("single file", 5)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/nowhere/model", "./model", "../model", "data/assets/toy", "model", "gone.safetensors"],
+)
+def test_a_path_that_is_not_there_is_told_from_a_hub_id(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no such" in refused(path)
+
+
+@pytest.mark.parametrize("name", ["v2-1.ckpt", "model.bin", "model.pt", "model.pth", "model.onnx"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_pickles_are_refused_whether_there_or_not(name, exists, tmp_path):
+    path = tmp_path / name
+    if exists:
+        path.write_bytes(b"\x80\x04.")
+    message = refused(path)
+    assert "safetensors" in message or not exists
+
+
+@pytest.mark.parametrize("part", models.PARTS)
+def test_a_missing_part_is_named(base, part):
+    shutil.rmtree(base / part)
+    assert f"lacks {part};" in refused(base)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_part_without_weights_is_named_and_pickled_ones_are_no_weights(base, part):
+    (file,) = (base / part).glob("*.safetensors")
+    file.unlink()
+    assert f"{part}/ has no" in refused(base) and "download" in refused(base)
+    (base / part / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    assert "pickle pytorch_model.bin" in refused(base)
+
+
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"]
+)
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"\xff\xfe"])
+def test_missing_and_damaged_json_is_named(base, file, content):
+    (base / file).unlink() if content is None else (base / file).write_bytes(content)
+    assert str(base / file) in refused(base)
+
+
+def test_an_empty_folder_is_no_pipeline(tmp_path):
+    assert "diffusers pipeline folder" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "unet"),
+    [
+        ("Stable Diffusion XL", {"addition_embed_type": "text_time", "cross_attention_dim": 2048}),
+        ("an inpainting model", {"in_channels": 9}),
+        ("a depth model", {"in_channels": 5}),
+        ("Stable Diffusion 1", {"cross_attention_dim": 768, "use_linear_projection": False}),
+    ],
+)
+def test_another_family_is_refused_by_name(base, family, unet):
+    edit(base / "unet/config.json", **unet)
+    message = refused(base)
+    assert f"is {family}" in message and "stable-diffusion-2-1" in message
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline"])
+def test_another_pipeline_is_refused_by_name_even_if_its_parts_differ(base, name):
+    edit(base / "model_index.json", _class_name=name)
+    shutil.rmtree(base / "unet")
+    assert name in refused(base)
+
+
+# Loading
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_folder_loads_in_the_precision_asked_for(saved, dtype):
+    pipeline = models.load_pipeline(str(saved), dtype=dtype)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        assert {p.dtype for p in part.parameters()} == {dtype or torch.float32}
+    assert pipeline.safety_checker is None
+
+
+def test_weights_of_another_precision_than_the_file_are_the_same_weights(saved):
+    wanted = tiny_pipeline().unet.state_dict()
+    loaded = models.load_pipeline(str(saved)).unet.state_dict()
+    assert all(torch.equal(wanted[name], loaded[name]) for name in wanted)
+
+
+def damage_weights(base):
+    (file,) = (base / "unet").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_weights,
+        lambda base: (base / "tokenizer/tokenizer_config.json").write_text("{"),
+        lambda base: edit(base / "unet/config.json", cross_attention_dim=48),
+        lambda base: edit(base / "model_index.json", unet=["diffusers", "NoSuchModel"]),
+        lambda base: edit(base / "vae/config.json", down_block_types=["NoSuchBlock"]),
+    ],
+)
+def test_what_can_not_be_loaded_is_the_users_to_mend(base, damage):
+    damage(base)
+    with pytest.raises(UserError, match=str(base)):
+        models.load_pipeline(str(base))
+
+
+def test_a_hub_that_can_not_be_reached_is_told_in_one_line(monkeypatch):
+    from diffusers import StableDiffusionPipeline
+
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect\nto the hub\n")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", unreachable)
+    with pytest.raises(
+        UserError, match="owner/name.*We couldn't connect. Check.*network"
+    ) as caught:
+        models.load_pipeline("owner/name")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_single_file_that_is_none_is_named(tmp_path, saved):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"not a model")
+    with pytest.raises(UserError, match="model.safetensors"):
+        models.load_pipeline(str(file), config=str(saved))
+
+
+# Fingerprints and encoders
+
+
+def test_a_fingerprint_changes_with_any_weight_and_with_precision():
+    one, same, other = tiny_pipeline().vae, tiny_pipeline().vae, tiny_pipeline(seed=1).vae
+    assert models.fingerprint(one) == models.fingerprint(same) != models.fingerprint(other)
+    parameter = list(same.parameters())[7]
+    parameter.data.view(-1)[0] = torch.nextafter(parameter.data.view(-1)[0], torch.tensor(9.0))
+    assert models.fingerprint(one) != models.fingerprint(same)
+    assert models.fingerprint(one) != models.fingerprint(tiny_pipeline().vae.to(torch.bfloat16))
+
+
+def test_a_tokenizer_s_fingerprint_knows_its_padding():
+    other = tiny_tokenizer()
+    other.pad_token = other.eos_token
+    assert models.tokenizer_fingerprint(tiny_tokenizer()) == models.tokenizer_fingerprint(
+        tiny_tokenizer()
+    )
+    assert models.tokenizer_fingerprint(other) != models.tokenizer_fingerprint(tiny_tokenizer())
+
+
+def test_captions_are_encoded_as_the_pipeline_does():
+    pipeline = tiny_pipeline()
+    captions = ["a red cat", "", "long " * 100]
+    ours = models.caption_encoder(pipeline.tokenizer, pipeline.text_encoder)(captions)
+    for caption, embedding in zip(captions, ours, strict=True):
+        expected, _ = pipeline.encode_prompt(caption, "cpu", 1, False)
+        np.testing.assert_allclose(embedding, expected[0].detach(), atol=1e-5)
+
+
+def test_ids_are_padded_with_the_tokenizers_own_token():
+    ids = models.tokenize(tiny_tokenizer(), ["ab"])
+    assert ids.shape == (1, 77) and ids[0, -1] == tiny_tokenizer().pad_token_id == 0
+
+
+def test_latents_are_the_posterior_in_fp32():
+    vae = tiny_pipeline().vae.eval()
+    pixels = torch.rand(2, 3, 32, 64) * 2 - 1
+    mean, log_variance = models.latent_encoder(vae)(pixels).chunk(2, 1)
+    posterior = vae.encode(pixels).latent_dist
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close((0.5 * log_variance).exp(), posterior.std)
+    assert models.latent_encoder(vae.to(torch.bfloat16))(pixels).dtype == torch.float32

@@ -1,0 +1,170 @@
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+from PIL import Image
+
+from train import report
+
+EVIL = "<script>alert('x')</script> & \""
+CONFIG = {
+    "train": {"steps": 40, "clip_norm": 1.0},
+    "data": {"workers": 2},
+    "preview": {"prompts": ["a cat", EVIL]},
+}
+
+
+class Page(HTMLParser):
+    def __init__(self, run):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(report.write(run).read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def attributes(self, tag, name):
+        return [attributes.get(name) or "" for found, attributes in self.tags if found == tag]
+
+
+def line(step, **values):
+    usual = {"epoch": step / 10, "loss": 0.25, "lr": 1e-4, "grad_norm": 0.5}
+    speed = {"images_per_second": 20.0, "data_wait_fraction": 0.01, "peak_memory_gib": 1.5}
+    return {"step": step, **usual, **speed, **values}
+
+
+def log(run, lines):
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = tmp_path / "my-run"
+    for name in ("base", "step-00000020", "step-00000040"):
+        folder = run / "previews" / name
+        folder.mkdir(parents=True)
+        for k in range(2):
+            Image.new("RGB", (16, 16), "red").save(folder / f"{k:02d}.png")
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
+    dataset = {"path": EVIL, "pictures": 80, "buckets": {"64x64": 1200}, "flip": True}
+    manifest = {"python": "3.11.9", "packages": {"torch": "2.13.0"}, "dataset": dataset}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    log(run, [line(step) for step in (10, 20, 30, 40)])
+    return run
+
+
+def test_the_sentence_has_the_numbers(run):
+    assert (
+        "Finished: 40 of 40 steps on about 320 images (4 passes over 80 pictures); "
+        "final loss 0.250 (smoothed), 20.00 images/s, 1.0 % of the time waiting for data."
+    ) in Page(run).text
+
+
+def test_everything_of_the_run_is_shown(run):
+    page = Page(run)
+    for text in ("buckets", "64x64: 1,200", "yes", "torch: 2.13.0", "1.50 GiB", "clip_norm: 1.0"):
+        assert text in page.text
+    assert page.attributes("svg", "aria-label") == [
+        "Loss, mean squared error, over optimizer steps",
+        "Learning rate, learning rate, over optimizer steps",
+        "Gradient norm, L2 norm before clipping, over optimizer steps",
+        "Speed, images per second, over optimizer steps",
+    ]
+    prompts = ["a cat"] * 3 + [EVIL] * 3
+    labels = ["base", "step 20", "step 40"] * 2
+    expected = [f"{label}: {prompt}" for label, prompt in zip(labels, prompts, strict=True)]
+    assert page.attributes("img", "alt") == expected
+
+
+def test_all_text_is_escaped_and_nothing_is_fetched(run):
+    (run / "eval").mkdir()
+    (run / "eval" / "metrics.json").write_text(json.dumps({"verdict": EVIL}))
+    page = Page(run)
+    assert page.text.count(EVIL) == 4  # prompt, dataset, configuration, evaluation
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert all(source.startswith("data:image/") for source in page.attributes("img", "src"))
+    assert page.attributes("a", "href") == ["eval/report.html"]
+    assert "://" not in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_healthy_run_has_no_warning_and_no_link_to_a_missing_evaluation(run):
+    page = Page(run)
+    assert "warning" not in page.attributes("p", "class") and not page.attributes("a", "href")
+
+
+def test_trouble_comes_first(run):
+    bad = {"data_wait_fraction": 0.5, "grad_norm": 3.0}
+    log(run, [line(10), line(20, **bad), line(30, **bad), line(40, loss=math.nan, **bad)])
+    page = Page(run)
+    classes = page.attributes("p", "class")
+    assert classes[:4] == ["warning"] * 3 + ["verdict"]
+    assert "not finite at 1 of 4 logged lines, first at step 40" in page.text
+    assert "38 % of the time went into waiting for data" in page.text
+    assert "above train.clip_norm=1 at 75 %" in page.text
+    assert "final loss not finite" in page.text
+    assert not re.search(r"[ MLH](nan|inf)", " ".join(page.attributes("path", "d")))
+
+
+def test_an_unfinished_run_with_a_torn_last_line_shows_its_intact_lines(run):
+    with (run / "metrics.jsonl").open("w") as file:
+        file.write(json.dumps(line(10)) + "\n" + json.dumps(line(20))[:37])
+    assert "Not finished: 10 of 40 steps on about 80 images" in Page(run).text
+
+
+@pytest.mark.parametrize("damage", ["{", ""])
+def test_an_empty_or_damaged_run_still_has_a_report(tmp_path, damage):
+    if damage:
+        for name in ("config.yaml", "manifest.json", "metrics.jsonl"):
+            (tmp_path / name).write_text(damage)
+    page = Page(tmp_path)
+    assert "No step has been logged yet." in page.text
+    assert not {"svg", "img"} & {tag for tag, _ in page.tags}
+
+
+def test_a_torn_or_missing_preview_is_left_out(run):
+    torn = run / "previews" / "step-00000020" / "00.png"
+    torn.write_bytes(torn.read_bytes()[:40])
+    (run / "previews" / "base" / "00.png").unlink()
+    cat = [alt for alt in Page(run).attributes("img", "alt") if alt.endswith("a cat")]
+    assert cat == ["step 40: a cat"]
+
+
+def test_speed_weighs_lines_by_their_time(run):
+    # 10 steps at 10 images/s take three times as long as 10 at 30.
+    slow = line(10, images_per_second=10.0, data_wait_fraction=0.4)
+    log(run, [slow, line(20, images_per_second=30.0, data_wait_fraction=0.0)])
+    speed, wait = report.pace(report.Run.read(run, {}))
+    assert speed == pytest.approx(15) and wait == pytest.approx(0.3)
+
+
+def test_smoothing_averages_the_last_five_and_keeps_gaps():
+    smoothed = report.smooth([1.0, 3.0, math.nan, 5.0, 5.0, 5.0, 5.0])
+    assert smoothed[:2] == [1.0, 2.0] and math.isnan(smoothed[2])
+    assert smoothed[3:] == [3.0, 3.5, 4.5, 5.0]
+
+
+def test_a_curve_is_drawn_where_its_values_are(run):
+    log(run, [line(20, images_per_second=10.0), line(40, images_per_second=20.0)])
+    *_, speed = Page(run).attributes("path", "d")
+    # Axes from x=50 (step 0) to 392 (step 40), from y=168 (0 images/s) to 26 (20 images/s).
+    assert speed == "M221 97L392 26h0"
+
+
+def test_a_long_run_stays_small_and_keeps_its_spike(run):
+    quiet = [line(step) for step in range(1, 20_001)]
+    log(run, [*quiet[:7_000], line(7_001, grad_norm=100.0), *quiet[7_001:]])
+    page = Page(run)
+    assert (run / "report.html").stat().st_size < 100_000
+    assert any(re.search(r"L\S+ 26L", path) for path in page.attributes("path", "d"))
+
+
+def test_facts_from_the_caller_join_those_of_the_manifest(run):
+    text = report.write(run, dataset={"captions": 77}).read_text(encoding="utf-8")
+    assert "<dt>pictures</dt><dd>80</dd>" in text and "<dt>captions</dt><dd>77</dd>" in text

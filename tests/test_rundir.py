@@ -1,0 +1,121 @@
+import json
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+import yaml
+
+from train import rundir
+from train.config import LoraRun, UserError, load, validate
+
+
+def config(output, **changes):
+    values = {"output": str(output), "data": {"path": "pictures"}, "train": {"steps": 7}}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            values.setdefault(section, {})[name] = value
+        else:
+            values[section] = value
+    return validate(LoraRun, values, where="the test")
+
+
+def test_a_new_directory_is_not_finished_and_checking_writes_nothing(tmp_path):
+    assert rundir.check(config(tmp_path / "a/b"), result="adapter") is False
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_written_configuration_repeats_the_run(tmp_path):
+    wanted = config(tmp_path / "run", optim__learning_rate=3e-5, lora__targets=["proj"])
+    rundir.create(wanted, {"processes": 1})
+    assert load(LoraRun, ["--config", str(tmp_path / "run/config.yaml")]) == wanted
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", "manifest.json"]
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["processes"] == 1
+    assert manifest["packages"]["torch"] and manifest["python"]
+
+
+def test_a_run_is_finished_once_its_result_and_last_checkpoint_are_there(tmp_path):
+    wanted = config(tmp_path)
+    rundir.create(wanted, {})
+    (tmp_path / "adapter").mkdir()
+    assert not rundir.check(wanted, result="adapter")
+    (tmp_path / "checkpoints/step-00000007").mkdir(parents=True)
+    assert rundir.check(wanted, result="adapter")
+    assert not rundir.check(wanted, result="full")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"seed": 5}, "seed: 0 -> 5"),
+        ({"train__steps": 8}, "train.steps: 7 -> 8"),
+        ({"optim__learning_rate": 0.5}, "optim.learning_rate: 0.0001 -> 0.5"),
+        ({"lora__targets": ["proj"]}, "lora.targets: ['attention'] -> ['proj']"),
+        ({"model__path": "other"}, "model.path: .* -> 'other'"),
+    ],
+)
+def test_another_configuration_is_refused_naming_what_differs(tmp_path, change, line):
+    rundir.create(config(tmp_path), {})
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=line.replace("[", r"\[")):
+        rundir.check(config(tmp_path, **change), result="adapter")
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dry_run": True},
+        {"train__micro_batch_size": 1},
+        {"train__gradient_checkpointing": True},
+        {"checkpoint__every": 3},
+        {"preview__prompts": ["a cat"]},
+        {"evaluation__images": 4},
+        {"data__workers": 0},
+        {"tracking__every": 1},
+    ],
+)
+def test_what_does_not_change_the_training_may_change(tmp_path, change):
+    rundir.create(config(tmp_path), {})
+    assert rundir.check(config(tmp_path, **change), result="adapter") is False
+
+
+def test_a_moved_run_directory_resumes(tmp_path):
+    rundir.create(config(tmp_path / "old"), {})
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    assert rundir.check(config(tmp_path / "new"), result="adapter") is False
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"just text", b""])
+def test_a_damaged_configuration_is_the_users_to_mend(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match="config.yaml"):
+        rundir.check(config(tmp_path), result="adapter")
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        rundir.check(config(tmp_path / "run"), result="adapter")
+
+
+def test_a_read_only_place_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="read-only"):
+        rundir.check(config(tmp_path / "run"), result="adapter")
+
+
+def test_too_little_space_is_told_with_both_numbers(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10 * 2**30, 8 * 2**30, 2 * 2**30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    rundir.check_space(tmp_path / "not/yet", 2 * 2**30, what="checkpoints")
+    with pytest.raises(UserError, match="checkpoints: 3.00 GiB needed, 2.00 GiB free"):
+        rundir.check_space(tmp_path / "not/yet", 3 * 2**30, what="checkpoints")
+
+
+def test_differences_are_dotted_and_cover_added_and_removed_keys():
+    old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 5}
+    assert rundir.differences(old, new) == ["a.c: 2 -> 4", "d: 3 -> None", "e: None -> 5"]
+    assert rundir.differences(yaml.safe_load("a: 1e-4"), {"a": "1e-4"}) == []

@@ -1,0 +1,323 @@
+"""report.html of a run: curves, previews, dataset and configuration at a glance, opens offline.
+
+Made from nothing but the run directory, so at any time and as often as wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.report import (
+    Chart,
+    Comparison,
+    Curve,
+    Panel,
+    Section,
+    charts,
+    facts,
+    link,
+    listing,
+    section_of,
+    verdict_line,
+    warning,
+    write_page,
+)
+from eval.scoring import number
+from train.tracking import read_metrics
+
+_WAIT_LIMIT = 0.2  # share of the time spent waiting for data, above which a warning stands
+_CLIPPED_LIMIT = 0.5  # share of logged lines above the clip norm, likewise
+_PROMPTS, _TIMES = 12, 5  # previews shown: prompts, and steps of each, both evenly spread
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory tells of a run; whatever is missing or unreadable is empty."""
+
+    folder: Path
+    config: str
+    settings: Any
+    manifest: dict[str, Any]
+    dataset: dict[str, Any]
+    lines: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path, dataset: Mapping[str, Any]) -> Run:
+        file = folder / "config.yaml"
+        config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        manifest = _json(folder / "manifest.json")
+        return cls(
+            folder,
+            config,
+            _yaml(config),
+            {name: value for name, value in manifest.items() if name != "dataset"},
+            {**manifest.get("dataset", {}), **dataset},
+            [
+                line
+                for line in read_metrics(folder / "metrics.jsonl")
+                if {"step", "loss"} <= line.keys()
+            ],
+        )
+
+    def setting(self, key: str) -> Any:
+        """A value of the configuration by its dotted key, None where there is none."""
+        value = self.settings
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def column(self, key: str) -> list[float]:
+        """One value of every logged line; nan where a line has none."""
+        values = (line.get(key) for line in self.lines)
+        return [float(v) if isinstance(v, int | float) else math.nan for v in values]
+
+    @property
+    def steps(self) -> list[float]:
+        return self.column("step")
+
+
+def write(output: Path, *, dataset: Mapping[str, Any] | None = None) -> Path:
+    """Writes OUTPUT/report.html, whole or not at all, and returns its path.
+
+    dataset: facts about the training pictures beside those of the manifest. Reads config.yaml,
+    manifest.json, metrics.jsonl, previews/ and eval/metrics.json; what is missing or torn is left
+    out. Called by one process.
+    """
+    run = Run.read(output, dataset or {})
+    path = output / "report.html"
+    write_page(
+        path,
+        title=f"Training run {output.absolute().name}",
+        pieces=[
+            *map(warning, warnings(run)),
+            verdict_line(verdict(run)),
+            _curves(run),
+            section_of(_previews(run)),
+            facts("Dataset", _rows(run.dataset)),
+            _configuration(run),
+            facts("Environment", [*_rows(run.manifest), *_memory(run)]),
+            _evaluation(run),
+        ],
+    )
+    return path
+
+
+def verdict(run: Run) -> str:
+    """How far the run came, on what, how well and how fast, in one sentence."""
+    if not run.lines:
+        return "No step has been logged yet."
+    final, (speed, wait) = smooth(run.column("loss"))[-1], pace(run)
+    loss = number(final) if math.isfinite(final) else "not finite"
+    return (
+        f"{_progress(run)}; final loss {loss} (smoothed), {number(speed)} images/s, "
+        f"{100 * wait:.1f} % of the time waiting for data."
+    )
+
+
+def warnings(run: Run) -> list[str]:
+    """What is wrong with the run, as sentences with a remedy."""
+    found = [_diverged(run), _starved(run), _clipped(run)] if run.lines else []
+    return [sentence for sentence in found if sentence]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Means of the last values, a twentieth of all but 5 to 100 of them; nan stays nan."""
+    window = min(max(5, len(values) // 20), 100)
+    smoothed = []
+    for end, value in enumerate(values, 1):
+        recent = [v for v in values[max(0, end - window) : end] if math.isfinite(v)]
+        smoothed.append(sum(recent) / len(recent) if math.isfinite(value) else math.nan)
+    return smoothed
+
+
+def pace(run: Run) -> tuple[float, float]:
+    """Images per second and the share of time spent waiting for data, over the whole run."""
+    steps, speeds = run.steps, run.column("images_per_second")
+    counts = [done - before for before, done in zip([0.0, *steps], steps, strict=False)]
+    timed = [
+        (count, count / speed, wait if math.isfinite(wait) else 0.0)
+        for count, speed, wait in zip(counts, speeds, run.column("data_wait_fraction"), strict=True)
+        if speed > 0
+    ]
+    # As if every step had one image: the true number cancels in both results.
+    seconds = sum(second for _, second, _ in timed)
+    if not seconds:
+        return 0.0, 0.0
+    waited = sum(second * wait for _, second, wait in timed)
+    return sum(count for count, _, _ in timed) / seconds, waited / seconds
+
+
+def _progress(run: Run) -> str:
+    done, planned = int(run.steps[-1]), run.setting("train.steps")
+    if planned is None:
+        return f"{done:,} steps"
+    state = "Finished" if done >= planned else "Not finished"
+    return f"{state}: {done:,} of {planned:,} steps{_seen(run)}"
+
+
+def _seen(run: Run) -> str:
+    # From the epochs: batches of a small bucket have fewer than batch_size images.
+    pictures, epochs = run.dataset.get("pictures"), run.column("epoch")[-1]
+    if not pictures or not math.isfinite(epochs):
+        return ""
+    images = round(epochs * pictures)
+    return f" on about {images:,} images ({epochs:.3g} passes over {pictures:,} pictures)"
+
+
+def _diverged(run: Run) -> str:
+    broken = [s for s, v in zip(run.steps, run.column("loss"), strict=True) if not math.isfinite(v)]
+    if not broken:
+        return ""
+    return (
+        f"The loss is not finite at {len(broken):,} of {len(run.lines):,} logged lines, first at "
+        f"step {broken[0]:,.0f}: training diverged. Lower optim.learning_rate, or use bf16 or no "
+        "mixed precision where it is fp16."
+    )
+
+
+def _starved(run: Run) -> str:
+    _, wait = pace(run)
+    if wait <= _WAIT_LIMIT:
+        return ""
+    return (
+        f"{100 * wait:.0f} % of the time went into waiting for data: raise data.workers "
+        f"({run.setting('data.workers')} now), or put data.cache on a faster disk."
+    )
+
+
+def _clipped(run: Run) -> str:
+    clip, norms = run.setting("train.clip_norm"), run.column("grad_norm")
+    share = sum(norm > clip for norm in norms) / len(norms) if clip else 0.0
+    if share <= _CLIPPED_LIMIT:
+        return ""
+    return (
+        f"The gradient norm is above train.clip_norm={clip:g} at {100 * share:.0f} % of the logged "
+        "lines, so clipping sets the length of most gradients: raise train.clip_norm, or lower "
+        "optim.learning_rate if the loss is unsteady."
+    )
+
+
+def _curves(run: Run) -> str:
+    steps, loss, clip = run.steps, run.column("loss"), run.setting("train.clip_norm")
+    weighted = run.setting("diffusion.min_snr_gamma")
+    limit = [Curve(f"clipped above {clip:g}", [clip] * len(steps), "limit")] if clip else []
+
+    def chart(title: str, unit: str, *curves: Curve, from_zero: bool = True) -> Chart:
+        return Chart(title, unit, "optimizer steps", steps, curves, from_zero)
+
+    drawn = [
+        chart(
+            "Loss",
+            "mean squared error" + (", Min-SNR weighted" if weighted else ""),
+            Curve("as logged", loss, "pale"),
+            Curve("smoothed", smooth(loss)),
+            from_zero=False,
+        ),
+        chart("Learning rate", "learning rate", Curve("learning rate", run.column("lr"))),
+        chart(
+            "Gradient norm",
+            "L2 norm before clipping",
+            *limit,
+            Curve("gradient norm", run.column("grad_norm")),
+        ),
+        chart("Speed", "images per second", Curve("speed", run.column("images_per_second"))),
+    ]
+    return charts("Curves", "One point per logged line.", drawn)
+
+
+def _previews(run: Run) -> Section:
+    folders = sorted(path for path in (run.folder / "previews").glob("step-*") if path.is_dir())
+    named = [("base", run.folder / "previews" / "base")]
+    named += [(f"step {path.name[5:].lstrip('0')}", path) for path in _spread(folders, _TIMES)]
+    prompts = list(enumerate(run.setting("preview.prompts") or []))
+    rows = [
+        Comparison(str(prompt), list(_panels(named, f"{k:02d}.png")))
+        for k, prompt in _spread(prompts, _PROMPTS)
+    ]
+    return Section(
+        "Previews",
+        "The same prompt and the same noise, before training and in its course.",
+        [row for row in rows if row.panels],
+        film=True,
+    )
+
+
+def _panels(named: Sequence[tuple[str, Path]], file: str) -> Iterator[Panel]:
+    for label, folder in named:
+        if _readable(folder / file):
+            yield Panel(folder / file, label)
+
+
+def _readable(picture: Path) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(picture) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError):  # missing, or torn by a kill
+        return False
+    return True
+
+
+def _configuration(run: Run) -> str:
+    if not run.config:
+        return ""
+    count = len(run.config.splitlines())
+    return listing(
+        "Configuration", f"config.yaml, {count} lines: --config repeats the run", run.config
+    )
+
+
+def _evaluation(run: Run) -> str:
+    metrics = _json(run.folder / "eval" / "metrics.json")
+    said = str(metrics.get("verdict", ""))
+    return link("Evaluation", said, "eval/report.html") if metrics else ""
+
+
+def _memory(run: Run) -> list[tuple[str, str]]:
+    peaks = [value for value in run.column("peak_memory_gib") if math.isfinite(value)]
+    return [("peak memory", f"{max(peaks):.2f} GiB")] if peaks else []
+
+
+def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(str(key).replace("_", " "), _text(value)) for key, value in values.items()]
+
+
+def _text(value: Any) -> str:
+    if value is None or value in ([], {}, ""):
+        return "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {text}" for name, text in _rows(value))
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _spread(items: list[Any], count: int) -> list[Any]:
+    """At most `count` of the items, evenly spaced, the first and the last among them."""
+    last = len(items) - 1
+    return items if last < count else [items[k * last // (count - 1)] for k in range(count)]
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
