@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> None:
     adapter_file.check(adapters, adapter_file.pipeline_shapes(pipeline))
     adapter_file.apply(pipeline, adapters)
     paths = make(pipeline, prompts, config)
-    print(f"wrote {len(paths)} pictures to {config.output}")
+    print(f"pictures: {len(paths)} in {config.output}")
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:

@@ -157,6 +157,6 @@ def test_the_command_line(base, tmp_path):
     run = {"cwd": ROOT, "capture_output": True, "text": True}
     done = subprocess.run([*command, "prompt=a cat", f"output={tmp_path / 'out'}"], **run)
     assert done.returncode == 0, done.stderr
-    assert f"wrote 1 pictures to {tmp_path / 'out'}" in done.stdout
+    assert f"pictures: 1 in {tmp_path / 'out'}" in done.stdout
     wrong = subprocess.run([*command, "prompt=a", "output=x", "model=/gone"], **run)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: model.path=/gone")

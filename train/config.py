@@ -13,7 +13,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from types import UnionType
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -237,7 +238,8 @@ C = TypeVar("C", bound=Section)
 def load(schema: type[C], arguments: Sequence[str], *, default: Path | None = None) -> C:
     """Reads `--config FILE` (or the default file) and applies `key=value` overrides.
 
-    Values are YAML (`lora.rank=16`, `preview.prompts='[a cat, a dog]'`). Raises UserError for an
+    Values are YAML (`lora.rank=16`, `preview.prompts='[a cat, a dog]'`), but for single texts and
+    paths, which are taken as they stand (`data.caption="a cat: big"`). Raises UserError for an
     unreadable file, an unknown key (naming the nearest) or an invalid value. `--help` prints and
     exits.
     """
@@ -246,8 +248,9 @@ def load(schema: type[C], arguments: Sequence[str], *, default: Path | None = No
         print(describe(schema, default))
         raise SystemExit(0)
     values = _read(Path(file)) if file else {}
+    texts = {name for name, field in fields(schema) if _holds_text(field.annotation)}
     for override in overrides:
-        _apply(values, override)
+        _apply(values, override, texts)
     return validate(schema, values, where=file or "the command line")
 
 
@@ -319,12 +322,20 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _holds_text(annotation: Any) -> bool:
+    several = get_origin(annotation) in (Union, UnionType)
+    kinds = get_args(annotation) if several else (annotation,)
+    return set(kinds) <= {str, Path, type(None)}
+
+
+def _apply(values: dict[str, Any], override: str, texts: set[str]) -> None:
     key, _, text = override.partition("=")
-    try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        value = text
+    value: Any = text
+    if key not in texts or text == "null":
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            pass  # validation will say what was expected
     *sections, name = key.split(".")
     for section in sections:
         if not isinstance(values.get(section), dict):
@@ -346,6 +357,9 @@ def _explain(schema: type[Section], problem: dict[str, Any]) -> str:
 
 def _nearest(schema: type[Section], key: str) -> str:
     known = [name for name, _ in fields(schema)]
+    sections = dict.fromkeys(name.partition(".")[0] for name in known if "." in name)
+    if "." not in key and (near := difflib.get_close_matches(key, sections, n=1)):
+        return f"; did you mean '{near[0]}'?"
     leaf = key.split(".")[-1]
     matches = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     by_leaf = {name.split(".")[-1]: name for name in reversed(known)}

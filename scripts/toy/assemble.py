@@ -6,6 +6,7 @@ python scripts/toy/assemble.py vae=runs/toy-vae/vae output=runs/toy-init
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from train.config import Section, UserError, command, load
 
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> None:
     from scripts.toy.vocabulary import vocabulary
 
     torch.manual_seed(config.seed)
-    pipeline = build_pipeline(vocabulary(), config.output)
+    pipeline: Any = build_pipeline(vocabulary(), config.output)
     pipeline.register_modules(vae=AutoencoderKL.from_pretrained(str(config.vae)))
     pipeline.save_pretrained(str(config.output))
     print(f"wrote {config.output}")

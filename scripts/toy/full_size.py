@@ -112,7 +112,8 @@ def write(folder: Path, *, seed: int, dtype: Literal["fp16", "fp32"]) -> None:
 
     tokenizer = build_tokenizer(vocabulary(), folder / "tokenizer")
     tokenizer.save_pretrained(str(folder / "tokenizer"))
-    build_scheduler().save_pretrained(str(folder / "scheduler"))
+    scheduler: Any = build_scheduler()
+    scheduler.save_pretrained(str(folder / "scheduler"))
     for name, build in builders(tokenizer).items():
         torch.manual_seed(seed)
         with default_dtype(torch.float16 if dtype == "fp16" else torch.float32):
