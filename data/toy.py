@@ -49,6 +49,8 @@ SIZES: dict[str, tuple[float, float]] = {
     "large": (0.37, 0.40),
 }
 ASPECTS = ((128, 128), (96, 160), (160, 96))  # (width, height) in pixels
+# Shapes stay near the centre: a base this small would need days to learn free placement.
+FREEDOM = 0.15
 _SUPERSAMPLING = 4
 
 
@@ -126,8 +128,13 @@ SUBJECTS: dict[str, Subject] = {
 }
 
 
-def sample_scene(seed: int, index: int, *, width: int = 128, height: int = 128) -> Scene:
-    """Scene number `index` of the world `seed`: every attribute uniform and independent."""
+def sample_scene(
+    seed: int, index: int, *, width: int = 128, height: int = 128, freedom: float = FREEDOM
+) -> Scene:
+    """Scene number `index` of the world `seed`: every attribute uniform and independent.
+
+    freedom: how far shapes stray from the centre and tilt, from 0 (not at all) to 1 (anywhere).
+    """
     rng = generator(seed, "toy scene", index)
     size = str(rng.choice(list(SIZES)))
     radius = float(rng.uniform(*SIZES[size]))
@@ -139,9 +146,9 @@ def sample_scene(seed: int, index: int, *, width: int = 128, height: int = 128) 
         colour=str(rng.choice(list(COLOURS))),
         size=size,
         background=str(rng.choice(list(BACKGROUNDS))),
-        x=width / short / 2 + float(rng.uniform(-0.4, 0.4)) * slack_x,
-        y=height / short / 2 + float(rng.uniform(-0.4, 0.4)) * slack_y,
-        angle=float(rng.uniform(-12, 12)),
+        x=width / short / 2 + float(rng.uniform(-0.4, 0.4)) * slack_x * freedom,
+        y=height / short / 2 + float(rng.uniform(-0.4, 0.4)) * slack_y * freedom,
+        angle=float(rng.uniform(-12, 12)) * freedom,
         radius=radius,
         tint=tuple(float(t) for t in rng.uniform(-8, 8, size=3)),  # type: ignore[arg-type]
         phase=float(rng.uniform()),

@@ -15,14 +15,14 @@ from data.counter import generator
 def wide_world(seed: int, count: int) -> tuple[list[np.ndarray], list[str]]:
     """Pictures of everything there is, in three aspect ratios, and their captions.
 
-    Two in five are plain, the others in each style in turn; every seventh shows a subject. Pictures
-    are uint8 (H, W, 3).
+    Two in five are plain, the others in each style in turn; every seventh shows a subject.
+    Shapes are placed freely. Pictures are uint8 (H, W, 3).
     """
     styles, subjects = [None, None, *toy.STYLES], list(toy.SUBJECTS)
     pictures, captions = [], []
     for index in range(count):
         width, height = toy.ASPECTS[(0, 1, 0, 2)[index % 4]]
-        scene = toy.sample_scene(seed, index, width=width, height=height)
+        scene = toy.sample_scene(seed, index, width=width, height=height, freedom=1.0)
         subject = subjects[index // 7 % len(subjects)] if index % 7 == 0 else None
         style = styles[index % len(styles)]
         pictures.append(toy.render(scene, width, height, style=style, subject=subject))
