@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all lint clean-demo
+.PHONY: setup demo test test-all lint
 
 setup: $(READY)
 	@$(BIN)/python scripts/toy/demo_data.py

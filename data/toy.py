@@ -11,6 +11,7 @@ are distinctive figures; the base saw neither, so both are there to be learned b
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -313,15 +314,19 @@ def write_pictures(
     square: bool = False,
     varied: bool = False,
 ) -> None:
-    """Writes `count` pictures as 00000.png + 00000.txt; about half are square unless all are to be.
+    """Writes `count` pictures as 00000.png + 00000.txt into a new folder, which appears complete.
 
+    About half are square unless all are to be.
     `subject` draws that figure instead of the scene's shape, and its captions say `name`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    writing = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
     for index in range(count):
         width, height = ASPECTS[0] if square else ASPECTS[(0, 1, 0, 2)[index % 4]]
         scene = sample_scene(seed, index, width=width, height=height)
         text = varied_caption(scene, seed, index) if varied else caption(scene, name=name)
         picture = Image.fromarray(render(scene, width, height, style=style, subject=subject))
-        picture.save(folder / f"{index:05d}.png")
-        (folder / f"{index:05d}.txt").write_text(text + "\n", encoding="utf-8")
+        picture.save(writing / f"{index:05d}.png")
+        (writing / f"{index:05d}.txt").write_text(text + "\n", encoding="utf-8")
+    writing.replace(folder)

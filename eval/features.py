@@ -111,18 +111,20 @@ class Extractor:
 
 def load_extractor(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
     """The extractor in a local folder or hub id: a transformers CLIP, in safetensors."""
-    check_extractor(path)
-    folder = Path(path) if Path(path).is_dir() else _download(str(path))
+    return Extractor(find_extractor(path).resolve(), device=device, name=str(path))
+
+
+def find_extractor(path: str | Path) -> Path:
+    """Its local folder, downloaded if a hub id; UserError for what cannot be an extractor."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
+            raise UserError(
+                f"no CLIP folder at {path}: give the folder of a CLIP model or a hub id"
+            )
+        folder = _download(str(path))
     _check_folder(folder)
-    return Extractor(folder.resolve(), device=device, name=str(path))
-
-
-def check_extractor(path: str | Path) -> None:
-    """UserError for a path that cannot be an extractor; loads and downloads nothing."""
-    if Path(path).is_dir():
-        _check_folder(Path(path))
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
-        raise UserError(f"no CLIP folder at {path}: give the folder of a CLIP model or a hub id")
+    return folder
 
 
 def squash(pixels: np.ndarray, side: int) -> np.ndarray:

@@ -32,6 +32,7 @@ def generate(
     rank: int = 0,
     world: int = 1,
     label: str = "generating",
+    negative_prompt: str = "",
 ) -> list[Path]:
     """Write folder/00000.png ... for the prompts and return all N paths, in order.
 
@@ -48,6 +49,7 @@ def generate(
         "guidance": guidance,
         "scheduler": scheduler_settings(pipeline),
         "weights": weights(pipeline),
+        **({"negative_prompt": negative_prompt} if negative_prompt else {}),
     }
     wanted = [
         common | {"prompt": prompt, "seed": int(seed), "size": list(size)}
@@ -105,6 +107,7 @@ def _sample(pipeline: Any, batch: list[dict[str, Any]]) -> np.ndarray:
     first = batch[0]
     images = pipeline(
         [item["prompt"] for item in batch],
+        negative_prompt=[first.get("negative_prompt", "")] * len(batch),
         width=first["size"][0],
         height=first["size"][1],
         num_inference_steps=first["steps"],

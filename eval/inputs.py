@@ -48,14 +48,14 @@ def find_result(run: Path) -> Path:
 def held_out(settings: EvaluationConfig) -> list[Record]:
     """The captioned pictures of evaluation.path; UserError where it or the CLIP cannot serve."""
     from data.sources import scan
-    from eval.features import check_extractor
+    from eval.features import find_extractor
 
     if settings.path is None:
         raise UserError(
             "evaluation.path is not set: give a folder of captioned pictures the training did not "
             "see, evaluation.path=DIR"
         )
-    check_extractor(settings.clip)
+    find_extractor(settings.clip)
     records = scan(settings.path, index=None).records
     if len(records) < 2:
         raise UserError(f"evaluation.path={settings.path} holds {len(records)} picture; use more")

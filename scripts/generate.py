@@ -9,7 +9,6 @@ The pictures are OUTPUT/00000.png and so on; picture k has seed + k. The same co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -165,7 +164,7 @@ def make(pipeline: Any, prompts: Sequence[str], config: GenerateConfig) -> list[
 
     try:
         return generate(
-            _Steered(pipeline, config.negative_prompt),
+            pipeline,
             prompts,
             seeds=range(config.seed, config.seed + len(prompts)),
             steps=config.steps,
@@ -173,26 +172,13 @@ def make(pipeline: Any, prompts: Sequence[str], config: GenerateConfig) -> list[
             size=_size(pipeline, config),
             batch_size=config.batch_size,
             folder=config.output,
+            negative_prompt=config.negative_prompt,
         )
     except FloatingPointError:
         raise UserError(
             f"a picture came out not finite at precision={config.precision}. Use precision=no; if "
             "that does not help, an adapter is broken or its scale too large"
         ) from None
-
-
-class _Steered:
-    """A pipeline that is always called with the same negative prompt."""
-
-    def __init__(self, pipeline: Any, negative_prompt: str) -> None:
-        self._pipeline, self._negative_prompt = pipeline, negative_prompt
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
-
-    def __call__(self, prompts: list[str], **how: Any) -> Any:
-        negative = [self._negative_prompt] * len(prompts)
-        return self._pipeline(prompts, negative_prompt=negative, **how)
 
 
 def _size(pipeline: Any, config: GenerateConfig) -> tuple[int, int]:
@@ -204,14 +190,9 @@ def _size(pipeline: Any, config: GenerateConfig) -> tuple[int, int]:
 
 
 def _spelled_out(argument: str) -> str:
-    """`model=X` means model.path=X, and prompts are taken as they stand: `prompt=a cat: big` is no
-    YAML mapping."""
+    """`model=X` means model.path=X."""
     key, _, text = argument.partition("=")
-    if key == "model":
-        return f"model.path={text}"
-    if key in ("prompt", "negative_prompt"):
-        return f"{key}={json.dumps(text, ensure_ascii=False)}"
-    return argument
+    return f"model.path={text}" if key == "model" else argument
 
 
 if __name__ == "__main__":

@@ -217,11 +217,11 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_of_many_processes_only_the_first_speaks(monkeypatch, capsys):
+def test_every_process_says_what_stopped_it(monkeypatch, capsys):
     def main(arguments):
         raise UserError("wrong")
 
-    for rank, said in (("0", "error: wrong\n"), ("1", "")):
+    for rank, said in (("0", "error: wrong\n"), ("1", "error (process 1): wrong\n")):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as ended:
             config.command(main)

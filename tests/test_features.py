@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from eval.features import check_extractor, load_extractor, squash
+from eval.features import find_extractor, load_extractor, squash
 from tests.tiny import tiny_clip
 from train.config import UserError
 
@@ -95,13 +95,13 @@ def test_an_incomplete_folder_is_refused_by_name(folder, tmp_path, missing, mess
     copy = shutil.copytree(folder, tmp_path / "clip")
     (copy / missing).unlink()
     with pytest.raises(UserError, match=message):
-        check_extractor(copy)
+        find_extractor(copy)
 
 
 def test_what_is_no_clip_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="no CLIP folder at ./gone"):
-        check_extractor("./gone")
+        find_extractor("./gone")
     copy = shutil.copytree(folder, tmp_path / "clip")
     (copy / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="type 'bert'"):
-        check_extractor(copy)
+        find_extractor(copy)

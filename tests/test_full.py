@@ -54,3 +54,20 @@ def test_the_result_is_a_whole_pipeline(world, tmp_path):
     picture = pipeline("a star", num_inference_steps=1, width=64, height=64).images[0]
     assert picture.size == (64, 64)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_mixed_precision_does_not_round_what_is_exported(world, tmp_path):
+    tiny = arguments(
+        world,
+        tmp_path / "run",
+        "train.mixed_precision=bf16",
+        "optim.learning_rate=1e-9",
+        "optim.final_learning_rate=0",
+        "optim.weight_decay=0",
+        "preview.every=0",
+    )
+    full.main([_without_lora(tmp_path, tiny[0]), *tiny[1:]])
+    before, after = weights(world / "base"), weights(tmp_path / "run" / "full")
+    for part in before:
+        for name, value in before[part].items():
+            assert torch.allclose(value, after[part][name], atol=1e-7), name

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from train.config import LoopConfig, validate
+from train.config import LoopConfig, RunFailed, validate
 from train.loop import due, fit, global_images
 
 
@@ -120,3 +120,32 @@ def test_padding_does_not_count_as_images():
     weights = torch.tensor([1 / 3, 1 / 3, 0.0])
     assert global_images([{"weight": weights}, {"weight": torch.zeros(2)}]) == 3
     assert global_images([{"weight": torch.zeros(2)}]) == 0
+
+
+class Diverging(Regression):
+    """Its loss is not a number from the third step on."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+        def spoil(module, arguments, losses):
+            self.steps += 1
+            return losses * float("nan") if self.steps > 2 * 2 else losses
+
+        self.model.register_forward_hook(spoil)
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path):
+    with pytest.raises(RunFailed, match="not finite by step 3"):
+        fit(Diverging(), Samples(8), config(tmp_path, steps=8), Accelerator(cpu=True))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    settings = config(tmp_path, steps=4)
+    settings.tracking.every = 100
+    with pytest.raises(RunFailed, match="weight is not finite; the checkpoint of step 2 is intact"):
+        fit(Diverging(), Samples(4), settings, Accelerator(cpu=True))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]

@@ -61,12 +61,23 @@ def test_epsilon_is_what_a_scheduler_means_that_does_not_say(base):
     assert inspect(base).prediction_type == "epsilon"
 
 
-def test_a_hub_id_and_a_single_file_are_passed_through(tmp_path):
-    assert inspect("owner/model-2.1").kind == "hub id"
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"12345")
-    found = inspect(file)
-    assert (found.kind, found.weight_bytes) == ("single file", 5)
+def test_a_hub_id_is_recognised_by_its_json_alone(base, monkeypatch):
+    asked = []
+
+    def download(name, *, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(base)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    shutil.rmtree(base / "vae")
+    found = inspect("owner/model-2.1")
+    assert (found.kind, found.prediction_type) == ("hub id", "v_prediction")
+    assert asked[0][0] == "owner/model-2.1" and not any("safetensors" in p for p in asked[0][2])
+
+
+def test_a_hub_id_that_cannot_be_had_is_told_before_anything_heavy():
+    message = refused("owner/model-2.1")
+    assert "owner/model-2.1" in message and "network" in message
 
 
 @pytest.mark.parametrize(
@@ -113,7 +124,7 @@ def test_missing_and_damaged_json_is_named(base, file, content):
 
 
 def test_an_empty_folder_is_no_pipeline(tmp_path):
-    assert "diffusers pipeline folder" in refused(tmp_path)
+    assert "not a diffusers folder" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,27 @@ def config(output, **changes):
     return validate(LoraRun, values, where="the test")
 
 
+def trained(folder, wanted):
+    """A run directory with a checkpoint: only then is it bound to its configuration."""
+    rundir.create(wanted, {"base": {"sha256": {"unet": "a"}}, "dataset": {"sha256": "b"}})
+    (folder / "checkpoints/step-00000002").mkdir(parents=True)
+
+
+def test_a_run_that_never_trained_does_not_bind_its_directory(tmp_path):
+    rundir.create(config(tmp_path, model__path="mistyped"), {})
+    assert rundir.check(config(tmp_path, model__path="right"), result="adapter") is False
+
+
+def test_another_base_or_other_pictures_are_refused_on_resume(tmp_path):
+    trained(tmp_path, config(tmp_path))
+    same = {"base": {"sha256": {"unet": "a"}}, "dataset": {"sha256": "b"}}
+    rundir.check_unchanged(tmp_path, same)
+    with pytest.raises(UserError, match="dataset: 'b' -> 'c'"):
+        rundir.check_unchanged(tmp_path, same | {"dataset": {"sha256": "c"}})
+    with pytest.raises(UserError, match="base.unet: 'a' -> 'z'"):
+        rundir.check_unchanged(tmp_path, same | {"base": {"sha256": {"unet": "z"}}})
+
+
 def test_a_new_directory_is_not_finished_and_checking_writes_nothing(tmp_path):
     assert rundir.check(config(tmp_path / "a/b"), result="adapter") is False
     assert not list(tmp_path.iterdir())
@@ -57,7 +78,7 @@ def test_a_run_is_finished_once_its_result_and_last_checkpoint_are_there(tmp_pat
     ],
 )
 def test_another_configuration_is_refused_naming_what_differs(tmp_path, change, line):
-    rundir.create(config(tmp_path), {})
+    trained(tmp_path, config(tmp_path))
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=line.replace("[", r"\[")):
         rundir.check(config(tmp_path, **change), result="adapter")
@@ -71,25 +92,26 @@ def test_another_configuration_is_refused_naming_what_differs(tmp_path, change, 
         {"train__micro_batch_size": 1},
         {"train__gradient_checkpointing": True},
         {"checkpoint__every": 3},
-        {"preview__prompts": ["a cat"]},
+        {"preview__every": 4},
         {"evaluation__images": 4},
         {"data__workers": 0},
         {"tracking__every": 1},
     ],
 )
 def test_what_does_not_change_the_training_may_change(tmp_path, change):
-    rundir.create(config(tmp_path), {})
+    trained(tmp_path, config(tmp_path))
     assert rundir.check(config(tmp_path, **change), result="adapter") is False
 
 
 def test_a_moved_run_directory_resumes(tmp_path):
-    rundir.create(config(tmp_path / "old"), {})
+    trained(tmp_path / "old", config(tmp_path / "old"))
     shutil.move(tmp_path / "old", tmp_path / "new")
     assert rundir.check(config(tmp_path / "new"), result="adapter") is False
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"just text", b""])
 def test_a_damaged_configuration_is_the_users_to_mend(tmp_path, content):
+    trained(tmp_path, config(tmp_path))
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(UserError, match="config.yaml"):
         rundir.check(config(tmp_path), result="adapter")
@@ -115,7 +137,7 @@ def test_too_little_space_is_told_with_both_numbers(tmp_path, monkeypatch):
         rundir.check_space(tmp_path / "not/yet", 3 * 2**30, what="checkpoints")
 
 
-def test_differences_are_dotted_and_cover_added_and_removed_keys():
+def test_differences_are_dotted_and_pass_over_keys_of_other_versions():
     old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 5}
-    assert rundir.differences(old, new) == ["a.c: 2 -> 4", "d: 3 -> None", "e: None -> 5"]
+    assert rundir.differences(old, new) == ["a.c: 2 -> 4"]
     assert rundir.differences(yaml.safe_load("a: 1e-4"), {"a": "1e-4"}) == []

@@ -20,12 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from train.config import RunFailed
+
 FORMAT = 1
 _TEMPORARY = ".writing-"
 _FILES = ("model.safetensors", "optimizer.safetensors")
 
 
-class DamagedCheckpoint(Exception):
+class DamagedCheckpoint(RunFailed):
     """A checkpoint whose files do not match its manifest; names the file."""
 
 
@@ -46,13 +48,18 @@ class Checkpoints:
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **facts: Any
     ) -> None:
-        """Writes the state after `step` optimizer steps. Called by one process."""
+        """Writes the state after `step` optimizer steps. Called by one process.
+
+        Raises RunFailed, and leaves the older checkpoints, where a parameter is not finite.
+        """
+        state = trainable_state(model)
+        self._refuse_non_finite(step, state)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clean()
         temporary = self.folder / f"{_TEMPORARY}{self.path(step).name}"
         temporary.mkdir()
         tensors, scalars = optimizer_state(model, optimizer)
-        save_file(trainable_state(model), temporary / "model.safetensors")
+        save_file(state, temporary / "model.safetensors")
         save_file(tensors, temporary / "optimizer.safetensors")
         files = {path.name: _measure(path) for path in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, "step": step, "files": files, "optimizer": scalars, **facts}
@@ -63,6 +70,16 @@ class Checkpoints:
         os.replace(temporary, self.path(step))
         sync(self.folder)
         self._prune()
+
+    def _refuse_non_finite(self, step: int, state: dict[str, Tensor]) -> None:
+        broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+        if broken:
+            kept = self.steps()
+            last = f"the checkpoint of step {kept[-1]} is intact" if kept else "none was saved yet"
+            raise RunFailed(
+                f"training diverged before step {step}: {broken[0]} is not finite; {last}. Lower "
+                "optim.learning_rate, or use train.mixed_precision=bf16 or no, in a new output="
+            )
 
     def facts(self, step: int) -> dict[str, Any]:
         """The manifest of a checkpoint."""
@@ -168,7 +185,8 @@ def optimizer_state(
         for key, value in state.items():
             target = f"{names[parameter]}/{key}"
             if isinstance(value, Tensor):
-                tensors[target] = value.detach().cpu().contiguous()
+                # A copy: bitsandbytes shares one table between all parameters' states.
+                tensors[target] = value.detach().to("cpu", copy=True).contiguous()
             else:
                 scalars[target] = value
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]

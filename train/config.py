@@ -26,6 +26,11 @@ class UserError(ValueError):
     """A mistake the user can mend; the message names the file or key, the value and the remedy."""
 
 
+class RunFailed(RuntimeError):
+    """A run that cannot go on, through no mistake in its configuration; the message says what to
+    do."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -178,8 +183,6 @@ class LoopConfig(Section):
     """The run directory. The same command in the same directory resumes."""
     seed: int = 0
     """Everything random in the run is a function of this and of what it is for."""
-    dry_run: bool = False
-    """Validate everything, print the plan, train nothing."""
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -204,6 +207,8 @@ class LoopConfig(Section):
 class RunConfig(LoopConfig):
     """What every fine-tuning entry shares."""
 
+    dry_run: bool = False
+    """Validate everything, print the plan, train nothing."""
     model: ModelConfig = ModelConfig()
     data: DataConfig
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -211,7 +216,7 @@ class RunConfig(LoopConfig):
 
     @model_validator(mode="after")
     def _preview_size(self) -> Self:
-        self.preview.resolution = self.preview.resolution or self.data.resolution
+        self.preview.resolution = self.preview.resolution or self.data.resolution // 8 * 8
         return self
 
 
@@ -269,14 +274,16 @@ def dump(config: Section) -> str:
 
 
 def command(main: Callable[[list[str]], None]) -> None:
-    """Runs an entry: a user's mistake is one line on stderr and exit code 2, no traceback."""
+    """Runs an entry: exit code 2 for a user's mistake and 1 for a run that cannot go on, each with
+    a message on stderr and no traceback."""
     _quiet_libraries()
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (UserError, RunFailed) as error:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" (process {rank})"
+        print(f"error{where}: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
 
 
 def _quiet_libraries() -> None:

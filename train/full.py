@@ -17,22 +17,19 @@ if TYPE_CHECKING:
     from train.diffusion import Objective
     from train.method import Pipeline
 
-_SD2_BYTES = 4 * 866_000_000
-
 
 def main(arguments: list[str]) -> None:
     config = load(FullRun, arguments, default=ROOT / "configs/full.yaml")
-    planned = plan(config, result="full", trainable_bytes=_SD2_BYTES)
+    planned = plan(config, result="full")
     if planned is None:
         return
 
     # Heavy imports wait until the run is known to be possible.
-    from train import export, models, pictures, report
+    from train import export, pictures, report
     from train.diffusion import Objective
     from train.loop import fit
 
-    accelerator = start(config, planned)
-    pipeline = models.load_base(config, accelerator)
+    accelerator, pipeline = start(config, planned)
     batches = pictures.batches(
         planned.pictures,
         pipeline,
@@ -43,9 +40,9 @@ def main(arguments: list[str]) -> None:
     objective = Objective.of(pipeline.scheduler, config.diffusion)
     method = Full(pipeline, objective, config.full)
     fit(method, batches, config, accelerator)
-    export.publish(method, config.output / "full", accelerator)
     if accelerator.is_main_process:
         report.write(config.output)
+    export.publish(method, config.output / "full", accelerator)
 
 
 class Full:
@@ -54,9 +51,9 @@ class Full:
     def __init__(self, pipeline: Pipeline, objective: Objective, config: FullConfig) -> None:
         from train.denoiser import Denoiser
 
-        pipeline.unet.requires_grad_(True).float()
+        pipeline.unet.requires_grad_(True)
         if config.text_encoder:
-            pipeline.text_encoder.requires_grad_(True).float()
+            pipeline.text_encoder.requires_grad_(True)
         self._pipeline = pipeline
         self.model = Denoiser(
             pipeline.unet, objective, pipeline.text_encoder if config.text_encoder else None

@@ -7,6 +7,8 @@ import os
 import torch
 from accelerate import Accelerator
 
+from train.config import UserError
+
 
 def open_accelerator(mixed_precision: str) -> Accelerator:
     """An Accelerator for `accelerate launch`, `torchrun` or plain `python`.
@@ -15,8 +17,13 @@ def open_accelerator(mixed_precision: str) -> Accelerator:
     told to use the CPU; they would all write to one run directory.
     """
     workers = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision, cpu=workers > 1 and not torch.cuda.is_available()
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision, cpu=workers > 1 and not torch.cuda.is_available()
+        )
+    except ValueError as error:
+        raise UserError(
+            f"train.mixed_precision={mixed_precision} does not work here: {error}"
+        ) from None
     assert accelerator.num_processes == workers, "the processes were not joined"
     return accelerator

@@ -4,8 +4,10 @@ train/method.py."""
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +18,7 @@ from tqdm import tqdm
 
 from train import optim
 from train.checkpoint import Checkpoints
-from train.config import LoopConfig
+from train.config import LoopConfig, RunFailed
 from train.method import Method
 from train.previews import Previews
 from train.tracking import Trackers, open_trackers
@@ -81,12 +83,13 @@ def fit(
         done = step + 1
         epoch = done / batches.steps_per_epoch
         meter.record(done, epoch, loss, rate, norm, images=global_images(micro_batches))
-        if due(done, config.checkpoint.every, steps):
-            if accelerator.is_main_process:
-                checkpoints.save(done, raw, optimizer.optimizer, **scaler_state(accelerator))
-            accelerator.wait_for_everyone()
-        if due(done, config.preview.every, steps):
-            previews.render(method, done)
+        with meter.aside():
+            if due(done, config.checkpoint.every, steps):
+                if accelerator.is_main_process:
+                    checkpoints.save(done, raw, optimizer.optimizer, **scaler_state(accelerator))
+                accelerator.wait_for_everyone()
+            if due(done, config.preview.every, steps):
+                previews.render(method, done)
     meter.close()
     trackers.finish()
 
@@ -180,10 +183,20 @@ class Meter:
             self._waited += time.perf_counter() - before
             yield batch
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent within is not counted as training."""
+        before = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - before
+
     def record(
         self, done: int, epoch: float, loss: Tensor, rate: float, norm: Any, *, images: int
     ) -> None:
-        """Counts one optimizer step; every so often reads the device once and logs a line."""
+        """Counts one optimizer step; every so often reads the device once and logs a line.
+
+        Raises RunFailed, on every process alike, once the loss is not finite.
+        """
         self._loss += loss
         self._count += 1
         self._images += images
@@ -197,11 +210,16 @@ class Meter:
             "epoch": round(epoch, 4),
             "loss": float(total) / self._count,
             "lr": rate,
-            "grad_norm": float(norm),
+            "grad_norm": float(norm) if math.isfinite(norm) else None,
             "images_per_second": round(self._images / seconds, 3),
             "data_wait_fraction": round(self._waited / seconds, 4),
             "peak_memory_gib": round(peak_memory_gib(self._accelerator.device), 3),
         }
+        if not math.isfinite(metrics["loss"]):
+            raise RunFailed(
+                f"the loss is not finite by step {done}. Repeat from the last checkpoint with "
+                "train.mixed_precision=bf16 or no, or lower optim.learning_rate, in a new output="
+            )
         self._trackers.log(metrics)
         self._bar.set_postfix(
             loss=f"{metrics['loss']:.4f}",

@@ -1,7 +1,7 @@
 """Trains a LoRA on the UNet of a Stable Diffusion 2 model.
 
-    accelerate launch train/lora.py                                  # the embedded toy model and
-    world accelerate launch train/lora.py --config configs/lora.yaml data.path=my/pictures
+    accelerate launch train/lora.py                  # the embedded toy model and pictures
+    accelerate launch train/lora.py --config configs/lora.yaml data.path=my/pictures
 
 The result is OUTPUT/adapter, which diffusers' `load_lora_weights` reads. The same command resumes.
 """
@@ -31,15 +31,15 @@ def main(arguments: list[str]) -> None:
     from train.diffusion import Objective
     from train.loop import fit
 
-    accelerator = start(config, planned)
-    pipeline = models.load_base(config, accelerator)
+    accelerator, pipeline = start(config, planned)
     batches = pictures.batches(planned.pictures, pipeline, config, accelerator)
+    models.store_in(pipeline, config.train.mixed_precision)
     objective = Objective.of(pipeline.scheduler, config.diffusion)
     method = Lora(pipeline, objective, config.lora, seed=config.seed)
     fit(method, batches, config, accelerator)
-    export.publish(method, config.output / "adapter", accelerator)
     if accelerator.is_main_process:
         report.write(config.output)
+    export.publish(method, config.output / "adapter", accelerator)
 
 
 class Lora:

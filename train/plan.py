@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from train import models, pictures, rundir
-from train.config import RunConfig
+from train.config import RunConfig, UserError
 from train.models import BaseModel
 from train.pictures import Pictures
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from train.method import Pipeline
+
+_HASHED = ("unet", "vae", "text_encoder")
 _SLACK_BYTES = 64 * 2**20  # metrics, previews, reports
 
 
@@ -25,17 +29,18 @@ class Plan:
     pictures: Pictures
 
 
-def plan(config: RunConfig, *, result: str, trainable_bytes: int) -> Plan | None:
+def plan(config: RunConfig, *, result: str, trainable_bytes: int | None = None) -> Plan | None:
     """Checks model, pictures, run directory and space, and prints the plan.
 
     result: the folder the run ends in. trainable_bytes: fp32 size of what trains, for the space its
-    checkpoints need. None where nothing is left to do: a dry run, or a run that is finished. Raises
-    UserError for whatever would stop the run later.
+    checkpoints need; by default all of the base. None where nothing is left to do: a dry run, or a
+    run that is finished. Raises UserError for whatever would stop the run later.
     """
+    _check_optimizer(config.optim.name)
     base = models.inspect(config.model)
     found = pictures.find(config.data)
     finished = rundir.check(config, result=result)
-    _check_space(config, found, trainable_bytes)
+    _check_space(config, found, trainable_bytes or models.fp32_bytes(base))
     _say(_describe(config, base, found))
     if finished:
         _say(
@@ -47,33 +52,51 @@ def plan(config: RunConfig, *, result: str, trainable_bytes: int) -> Plan | None
     return None if finished or config.dry_run else Plan(base, found)
 
 
-def start(config: RunConfig, planned: Plan) -> Accelerator:
-    """The accelerator, and the run directory with its configuration and manifest."""
+def start(config: RunConfig, planned: Plan) -> tuple[Accelerator, Pipeline]:
+    """The accelerator and the frozen base; the run directory has its configuration and manifest.
+
+    Raises UserError where a run that is to be resumed had another base or other pictures.
+    """
     from train.launch import open_accelerator
 
     accelerator = open_accelerator(config.train.mixed_precision)
-    if accelerator.is_main_process:
-        facts = {
-            "base": planned.base.__dict__,
-            "dataset": {
-                "path": str(config.data.path),
-                "pictures": len(planned.pictures.sizes),
-                "sha256": planned.pictures.fingerprint,
-            },
-            "processes": accelerator.num_processes,
-        }
-        rundir.create(config, facts)
+    pipeline = models.load_base(config, accelerator)
+    _say(f"predicts {pipeline.scheduler.config.prediction_type}, as its scheduler says")
+    manifest = {
+        "base": planned.base.__dict__
+        | {"sha256": {part: models.fingerprint(getattr(pipeline, part)) for part in _HASHED}},
+        "dataset": {
+            "path": str(config.data.path),
+            "pictures": len(planned.pictures.sizes),
+            "buckets": planned.pictures.bucket_counts(),
+            "recognised": planned.pictures.source.recognised,
+            "sha256": planned.pictures.fingerprint,
+        },
+        "processes": accelerator.num_processes,
+    }
+    rundir.check_unchanged(config.output, manifest)
     accelerator.wait_for_everyone()
-    return accelerator
+    if accelerator.is_main_process:
+        rundir.create(config, manifest)
+    return accelerator, pipeline
 
 
 def _check_space(config: RunConfig, found: Pictures, trainable_bytes: int) -> None:
-    cached = pictures.latent_bytes(found, flip=config.data.flip)
-    rundir.check_space(config.data.cache, cached, what="cached latents")
-    # Parameters and Adam's two moments, the kept checkpoints and the one being written, and the
-    # result.
+    if rundir.has_checkpoints(config.output):
+        return  # a run that is resumed has taken its space
+    cached = pictures.cache_bytes(found, flip=config.data.flip)
+    rundir.check_space(config.data.cache, cached, what="cached latents and captions")
+    # Parameters and Adam's two moments, the kept checkpoints and the one being written; the result.
     checkpoints = 3 * trainable_bytes * (config.checkpoint.keep + 1) + trainable_bytes
     rundir.check_space(config.output, checkpoints + _SLACK_BYTES, what="checkpoints")
+
+
+def _check_optimizer(name: str) -> None:
+    if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "optim.name=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use "
+            "optim.name=adamw"
+        )
 
 
 def _describe(config: RunConfig, base: BaseModel, found: Pictures) -> str:

@@ -26,7 +26,7 @@ HARMLESS = (
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "checkpoint.",
-    "preview.",
+    "preview.every",
     "tracking.",
     "evaluation.",
 )
@@ -51,7 +51,7 @@ def check(config: RunConfig, *, result: str) -> bool:
     output = config.output
     if output.exists() and not output.is_dir():
         raise UserError(f"output={output} is a file; give a directory")
-    if (output / "config.yaml").exists():
+    if (output / "config.yaml").exists() and has_checkpoints(output):
         _check_same(config)
     parent = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not os.access(parent, os.W_OK):
@@ -61,6 +61,33 @@ def check(config: RunConfig, *, result: str) -> bool:
     return (output / result).is_dir() and (
         output / "checkpoints" / f"step-{config.train.steps:08d}"
     ).is_dir()
+
+
+def has_checkpoints(output: Path) -> bool:
+    """Whether a run has trained here: before its first checkpoint nothing binds it."""
+    return any((output / "checkpoints").glob("step-*"))
+
+
+def check_unchanged(output: Path, manifest: dict[str, Any]) -> None:
+    """Raises UserError where the run to be resumed in `output` had another base or dataset."""
+    path = output / "manifest.json"
+    if not (path.exists() and has_checkpoints(output)):
+        return
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); choose another output=") from None
+    hashes = (
+        {part: m.get(part, {}).get("sha256") for part in ("base", "dataset")}
+        for m in (old, manifest)
+    )
+    changed = differences(*hashes)
+    if changed:
+        raise UserError(
+            f"output={output} holds a run on another base or other pictures (sha256 "
+            f"{'; '.join(changed)}). "
+            "Choose another output=, or restore them to resume"
+        )
 
 
 def check_space(folder: Path, needed: int, *, what: str) -> None:
@@ -109,12 +136,13 @@ def environment() -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for every dotted key that differs."""
+    """`key: old -> new` for every dotted key of both that differs; a key that only one has came or
+    went with a version of this program."""
     before, after = _flat(old), _flat(new)
     return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        f"{key}: {before[key]!r} -> {after[key]!r}"
+        for key in sorted(before.keys() & after.keys())
+        if before[key] != after[key]
     ]
 
 
