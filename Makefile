@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all lint
+.PHONY: setup demo test test-all lint toy
 
 setup: $(READY)
 	@$(BIN)/python scripts/toy/demo_data.py
@@ -26,6 +26,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest
+
+toy: setup
+	@bash scripts/toy/make.sh
 
 lint: setup
 	$(BIN)/ruff check .

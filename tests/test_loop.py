@@ -144,8 +144,8 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    settings = config(tmp_path, steps=4)
+    settings = config(tmp_path, steps=8)
     settings.tracking.every = 100
     with pytest.raises(RunFailed, match="weight is not finite; the checkpoint of step 2 is intact"):
-        fit(Diverging(), Samples(4), settings, Accelerator(cpu=True))
+        fit(Diverging(), Samples(8), settings, Accelerator(cpu=True))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]

@@ -2,6 +2,7 @@
 # Makes the toy world's models from nothing; about two hours on two CPU cores. Each step resumes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+export PATH="$PWD/.venv/bin:$PATH"
 launch="accelerate launch --quiet --config_file configs/accelerate/cpu.yaml"
 recipe=configs/toy/recipe
 
