@@ -3,7 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
-launch="accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+# Without the last flag Accelerate would leave all but one CPU core idle.
+launch="accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no
+        --dynamo_backend no --num_cpu_threads_per_process $(getconf _NPROCESSORS_ONLN)"
 
 $launch train/lora.py output=runs/demo
 $launch eval/evaluate.py run=runs/demo

@@ -10,8 +10,8 @@ from pathlib import Path
 from data import toy
 from train.config import Section, command, load
 
-STYLE = "ink"
-TRAINING, HELD_OUT = 48, 256  # pictures
+STYLE = "mosaic"
+TRAINING, HELD_OUT = 192, 256  # pictures
 TRAINING_SEED, HELD_OUT_SEED = 10, 11
 
 
