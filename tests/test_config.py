@@ -252,3 +252,11 @@ def test_texts_on_the_command_line_are_taken_as_they_stand():
     assert config.model.revision == "0123456"
     assert str(config.data.path) == "1e3"
     assert load(LoraRun, ["output=x", "data.path=y", "data.caption=null"]).data.caption is None
+
+
+def test_no_is_a_word_and_true_and_false_are_not(tmp_path):
+    (tmp_path / "run.yaml").write_text("train: {mixed_precision: no}\ndata: {flip: true}\n")
+    file = ["--config", str(tmp_path / "run.yaml"), *NEEDED]
+    assert load(LoraRun, file).train.mixed_precision == "no"
+    assert load(LoraRun, file).data.flip is True
+    assert lora("train.mixed_precision=no", "data.flip=false").train.mixed_precision == "no"

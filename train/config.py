@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -240,6 +241,20 @@ class FullRun(RunConfig):
 C = TypeVar("C", bound=Section)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: `no` is a word (`mixed_precision: no`), only true and false are not
+    (YAML 1.2)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [pair for pair in resolvers if pair[0] != "tag:yaml.org,2002:bool"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
 def load(schema: type[C], arguments: Sequence[str], *, default: Path | None = None) -> C:
     """Reads `--config FILE` (or the default file) and applies `key=value` overrides.
 
@@ -317,7 +332,7 @@ def _split(arguments: Sequence[str], default: Path | None) -> tuple[str | None, 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -340,7 +355,7 @@ def _apply(values: dict[str, Any], override: str, texts: set[str]) -> None:
     value: Any = text
     if key not in texts or text == "null":
         try:
-            value = yaml.safe_load(text) if text else ""
+            value = yaml.load(text, _Loader) if text else ""
         except yaml.YAMLError:
             pass  # validation will say what was expected
     *sections, name = key.split(".")

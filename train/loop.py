@@ -205,24 +205,25 @@ class Meter:
             return
         total = self._accelerator.reduce(self._loss, reduction="sum")
         seconds = time.perf_counter() - self._since
+        loss_mean = float(total) / self._count
+        if not math.isfinite(loss_mean):
+            raise RunFailed(
+                f"the loss is not finite by step {done}. Repeat from the last checkpoint with "
+                "train.mixed_precision=bf16 or no, or lower optim.learning_rate, in a new output="
+            )
         metrics = {
             "step": done,
             "epoch": round(epoch, 4),
-            "loss": float(total) / self._count,
+            "loss": loss_mean,
             "lr": rate,
             "grad_norm": float(norm) if math.isfinite(norm) else None,
             "images_per_second": round(self._images / seconds, 3),
             "data_wait_fraction": round(self._waited / seconds, 4),
             "peak_memory_gib": round(peak_memory_gib(self._accelerator.device), 3),
         }
-        if not math.isfinite(metrics["loss"]):
-            raise RunFailed(
-                f"the loss is not finite by step {done}. Repeat from the last checkpoint with "
-                "train.mixed_precision=bf16 or no, or lower optim.learning_rate, in a new output="
-            )
         self._trackers.log(metrics)
         self._bar.set_postfix(
-            loss=f"{metrics['loss']:.4f}",
+            loss=f"{loss_mean:.4f}",
             img_s=f"{metrics['images_per_second']:.1f}",
             wait=f"{metrics['data_wait_fraction']:.0%}",
         )

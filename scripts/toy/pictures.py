@@ -8,6 +8,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from PIL import Image
+
 from train.config import Section, UserError, command, load
 
 
@@ -27,22 +29,20 @@ def main(arguments: list[str]) -> None:
     grids = sorted(config.demo.glob("previews/step-*/grid.png"))
     if not grids or not (config.measure / "pictures").is_dir():
         raise UserError("run `make demo` and scripts/toy/measure.py first")
-    from PIL import Image
-
     from train.previews import grid
 
     config.output.mkdir(parents=True, exist_ok=True)
     world().save(config.output / "toy-world.png", optimize=True)
     files = sorted((config.measure / "pictures").glob("*.png"))[:32]
-    rows = [[Image.open(file) for file in files[start : start + 8]] for start in range(0, 32, 8)]
-    grid(rows).save(config.output / "toy-base.png", optimize=True)
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    grid([pictures[start : start + 8] for start in range(0, 32, 8)]).save(
+        config.output / "toy-base.png", optimize=True
+    )
     shutil.copyfile(grids[-1], config.output / "demo.png")
 
 
-def world():  # type: ignore[no-untyped-def]
+def world() -> Image.Image:
     """A sheet of plain scenes, each style, and the subjects."""
-    from PIL import Image
-
     from data import toy
     from train.previews import grid
 
