@@ -87,6 +87,14 @@ def test_the_toy_base_is_shaped_like_sd_2():
     assert pipeline.vae.config.latent_channels == 4
 
 
+def test_a_plain_pipeline_takes_the_toy_base_as_it_is():
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "toy-base", safety_checker=None)
+    picture = pipeline("a red heart", num_inference_steps=1, width=64, height=64).images[0]
+    assert picture.size == (64, 64)
+
+
 def test_the_checker_judges_fresh_renders_rightly():
     from scripts.toy.checker import load_checker
     from scripts.toy.measure import rates

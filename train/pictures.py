@@ -201,7 +201,8 @@ def _cache_captions(
 def _progress(what: str, shown: bool) -> Callable[[int, int], None]:
     from tqdm import tqdm
 
-    bar = tqdm(desc=what, unit="", disable=not shown, leave=False)
+    # A delay keeps the bar out of what is done at once, an error message above all.
+    bar = tqdm(desc=what, unit="", disable=not shown, leave=False, delay=1.0)
 
     def show(done: int, total: int) -> None:
         bar.total = total

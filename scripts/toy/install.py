@@ -5,6 +5,7 @@ python scripts/toy/install.py
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,10 +38,18 @@ def main(arguments: list[str]) -> None:
         shutil.rmtree(config.output / name, ignore_errors=True)
     pipeline = load_pipeline(str(config.base), dtype=torch.float16)
     pipeline.save_pretrained(str(config.output / "toy-base"), safe_serialization=True)
+    _load_as_fp32(config.output / "toy-base" / "text_encoder" / "config.json")
     shutil.copytree(config.clip, config.output / "toy-clip")
     shutil.copytree(config.checker, config.output / "toy-checker")
     total = sum(file.stat().st_size for file in config.output.rglob("*") if file.is_file())
     print(f"{config.output}: {total / 2**20:.1f} MiB")
+
+
+def _load_as_fp32(config: Path) -> None:
+    """A plain from_pretrained would take the text encoder in fp16, as transformers does, and the
+    UNet in fp32, as diffusers does."""
+    values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
