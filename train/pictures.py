@@ -8,17 +8,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.buckets import assign, make_buckets
 from data.sources import Source, scan
-from train.config import DataConfig, RunConfig
+from train.config import DataConfig, RunConfig, UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from data.loader import TrainingSet
     from train.method import Pipeline
+
+
+_TOY_DATA = Path("runs/toy-data")  # where `make setup` writes the embedded default's pictures
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class Pictures:
 def find(config: DataConfig) -> Pictures:
     """Scans data.path and gives every picture its bucket. Raises UserError for whatever cannot be
     used."""
+    if config.path.parts[:2] == _TOY_DATA.parts and not config.path.exists():
+        raise UserError(
+            f"data.path={config.path} is not made yet: run `make setup`, which makes it"
+        )
     name = hashlib.sha256(str(config.path.resolve()).encode()).hexdigest()[:16]
     source = scan(
         config.path,
