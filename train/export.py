@@ -42,12 +42,13 @@ def save_lora(unet: Any, directory: Path) -> None:
     if broken:
         raise UserError(
             f"the adapter is not finite ({broken[0]} and {len(broken) - 1} more): training "
-            "diverged; lower "
-            "optim.learning_rate"
+            "diverged; lower optim.learning_rate"
         )
     # diffusers leaves loaded adapters in training mode: a dropout named here would act when
     # generating.
-    metadata = unet.peft_config["default"].to_dict() | {"lora_dropout": 0.0, "inference_mode": True}
+    settings = unet.peft_config["default"].to_dict() | {"lora_dropout": 0.0, "inference_mode": True}
+    # PEFT keeps names in sets, whose order differs from process to process: the file should not.
+    metadata = {k: sorted(v) if isinstance(v, set | list) else v for k, v in settings.items()}
     StableDiffusionPipeline.save_lora_weights(
         save_directory=str(directory),
         unet_lora_layers={name: tensor.detach().cpu() for name, tensor in state.items()},
