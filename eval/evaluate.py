@@ -216,7 +216,7 @@ def usage() -> str:
 def _buckets(config: RunConfig) -> list[Size]:
     from data.buckets import make_buckets
 
-    return make_buckets(config.data.resolution, step=config.data.bucket_step)
+    return make_buckets(config.data.resolutions[-1], step=config.data.bucket_step)
 
 
 def _load_base(config: RunConfig) -> tuple[Any, Any]:

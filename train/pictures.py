@@ -53,18 +53,17 @@ class Pictures:
 def find(config: DataConfig) -> Pictures:
     """Scans data.path and gives every picture its bucket. Raises UserError for whatever cannot be
     used."""
-    if config.path.parts[:2] == _TOY_DATA.parts and not config.path.exists():
-        raise UserError(
-            f"data.path={config.path} is not made yet: run `make setup`, which makes it"
-        )
-    name = hashlib.sha256(str(config.path.resolve()).encode()).hexdigest()[:16]
+    folder = Path(config.path or "")
+    if folder.parts[:2] == _TOY_DATA.parts and not folder.exists():
+        raise UserError(f"data.path={folder} is not made yet: run `make setup`, which makes it")
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     source = scan(
-        config.path,
+        folder,
         index=config.cache / f"index-{name}.json",
         caption=config.caption,
         progress=_progress("reading pictures", os.environ.get("RANK", "0") == "0"),
     )
-    buckets = make_buckets(config.resolution, step=config.bucket_step)
+    buckets = make_buckets(config.resolutions[-1], step=config.bucket_step)
     return Pictures(source, [assign(r.width, r.height, buckets) for r in source.records])
 
 
