@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -206,7 +207,7 @@ def test_a_section_of_ones_own_is_checked_alike():
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
-    script = "from train.config import *\ncommand(lambda a: load(LoraRun, a))"
+    script = "from train.config import LoraRun, command, load\ncommand(lambda a: load(LoraRun, a))"
     done = subprocess.run(
         [sys.executable, "-c", script, "lora.rnk=4", "output=x", "data.path=y"],
         cwd=ROOT,
@@ -260,3 +261,60 @@ def test_no_is_a_word_and_true_and_false_are_not(tmp_path):
     assert load(LoraRun, file).train.mixed_precision == "no"
     assert load(LoraRun, file).data.flip is True
     assert lora("train.mixed_precision=no", "data.flip=false").train.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.sources=[{pth: a}]", "did you mean 'data.sources[].path'"),
+        ("data.captions.shufle_tags=true", "did you mean 'data.captions.shuffle_tags'"),
+        ("data.sources=[{path: a, weight: 0.5}, {path: b}]", "all of them a weight, or none"),
+        ("data.sources=[{path: x/a}, {path: y/a}]", "give each a name"),
+        ("data.resolution=[512, 512]", "different sides"),
+        ("data.resolution=16", "at least 32"),
+        ("data.background=[0, 0, 256]", "from 0 to 255"),
+    ],
+)
+def test_a_wrong_data_section_is_explained(override, words):
+    arguments = [f"{override}", "output=x"]
+    if "sources" not in override:
+        arguments.append("data.path=x")
+    with pytest.raises(UserError) as error:
+        load(LoraRun, arguments)
+    assert words in str(error.value)
+
+
+def test_a_missing_section_is_asked_for_by_its_first_key():
+    with pytest.raises(UserError, match="'data' is required: add data.path="):
+        load(LoraRun, ["output=x"])
+
+
+def test_one_of_path_and_sources_is_needed():
+    for extra in (["data.flip=true"], ["data.path=x", "data.sources=[{path: y}]"]):
+        with pytest.raises(UserError, match=r"data.path, or data.sources, and not both"):
+            load(LoraRun, ["output=x", *extra])
+
+
+def test_sources_take_over_what_they_leave_out():
+    config = load(
+        LoraRun,
+        [
+            "output=x",
+            "data.caption=a cat",
+            "data.crop=focus",
+            "data.sources=[{path: in/a}, {path: hf:o/b, crop: random, caption: a dog}]",
+        ],
+    )
+    one, two = config.data.named_sources()
+    assert (one.name, one.caption, one.crop, one.split) == ("a", "a cat", "focus", "train")
+    assert (two.name, two.caption, two.crop, two.resolution) == ("b", "a dog", "random", 768)
+    assert load(LoraRun, ["output=x", *_as_overrides(config)]) == config
+
+
+def _as_overrides(config):
+    data = yaml.safe_load(dump(config))["data"]
+    return [
+        f"data.{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in data.items()
+        if value is not None
+    ]

@@ -68,7 +68,8 @@ def test_the_walk_sees_what_there_is():
 
 
 def test_config_imports_nothing_of_ours():
-    assert not ours(MODULES["train.config"])
+    assert ours(MODULES["train.config"]) == {"train.parsing"}
+    assert not ours(MODULES["train.parsing"])
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,48 +1,40 @@
-"""Typed, validated configuration: YAML files and `key=value` overrides, with errors that name the
-right key.
+"""The configuration of a run: every key with its type, default, unit and meaning.
 
-Imports nothing of this project and nothing heavy, so that `--help` and a mistyped key answer at
-once.
+Imports nothing of this project but the reading of it (train/parsing.py), and nothing heavy.
 """
 
 from __future__ import annotations
 
-import difflib
-import logging
-import os
-import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Literal, Self
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
+from pydantic import Field, field_validator, model_validator
+
+from train.parsing import (
+    ROOT,
+    RunFailed,
+    Section,
+    UserError,
+    command,
+    describe,
+    dump,
+    fields,
+    load,
+    validate,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class UserError(ValueError):
-    """A mistake the user can mend; the message names the file or key, the value and the remedy."""
-
-
-class RunFailed(RuntimeError):
-    """A run that cannot go on, through no mistake in its configuration; the message says what to
-    do."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
+__all__ = [
+    "ROOT",
+    "RunFailed",
+    "Section",
+    "UserError",
+    "command",
+    "describe",
+    "dump",
+    "fields",
+    "load",
+    "validate",
+]
 
 
 class ModelConfig(Section):
@@ -147,7 +139,8 @@ class SourceConfig(Section):
 class DataConfig(Cropping):
     path: str | None = None
     """Folder of pictures (captions in .txt/.caption files beside them, in texts/ beside images/, or
-    in a metadata.jsonl, .csv or .parquet), a folder of `save_to_disk`, or hf:OWNER/NAME."""
+    in a metadata.jsonl, .csv or .parquet), a folder of `save_to_disk`, or hf:OWNER/NAME (with :PART
+    where it has several)."""
     sources: list[SourceConfig] = []
     """Several of these, instead of `path`."""
     split: str = "train"
@@ -157,7 +150,7 @@ class DataConfig(Cropping):
     image_column: str | None = None
     """Its column of pictures; default: the only one there is."""
     caption_column: str | None = None
-    """Its column of captions; default: text, caption, captions or prompt, whichever there is."""
+    """Its column of captions; default: text, caption, captions, prompt or txt, if it is there."""
     streaming: bool = False
     """Never store its pictures: they pass once and only latents are kept."""
     caption: str | None = None
@@ -196,6 +189,8 @@ class DataConfig(Cropping):
     def _one_or_several(self) -> Self:
         if (self.path is None) == (not self.sources):
             raise ValueError("give data.path, or data.sources, and not both: data.path=my/pictures")
+        if self.streaming and (self.masks or self.depth):
+            raise ValueError("data.streaming has no masks or depth maps: set data.masks=false")
         if len({source.weight is None for source in self.sources}) > 1:
             raise ValueError("data.sources: give all of them a weight, or none")
         names = [source.name for source in self.named_sources()]
@@ -381,183 +376,3 @@ class FullRun(RunConfig):
     """Full fine-tuning of the UNet (train/full.py)."""
 
     full: FullConfig = FullConfig()
-
-
-C = TypeVar("C", bound=Section)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: `no` is a word (`mixed_precision: no`), only true and false are not
-    (YAML 1.2)."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    letter: [pair for pair in resolvers if pair[0] != "tag:yaml.org,2002:bool"]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
-def load(schema: type[C], arguments: Sequence[str], *, default: Path | None = None) -> C:
-    """Reads `--config FILE` (or the default file) and applies `key=value` overrides.
-
-    Values are YAML (`lora.rank=16`, `preview.prompts='[a cat, a dog]'`), but for single texts and
-    paths, which are taken as they stand (`data.caption="a cat: big"`). Raises UserError for an
-    unreadable file, an unknown key (naming the nearest) or an invalid value. `--help` prints and
-    exits.
-    """
-    file, overrides = _split(arguments, default)
-    if file == "--help":
-        print(describe(schema, default))
-        raise SystemExit(0)
-    values = _read(Path(file)) if file else {}
-    texts = {name for name, field in fields(schema) if _holds_text(field.annotation)}
-    for override in overrides:
-        _apply(values, override, texts)
-    return validate(schema, values, where=file or "the command line")
-
-
-def validate(schema: type[C], values: dict[str, Any], *, where: str) -> C:
-    """Builds the typed configuration; every problem is listed in one UserError."""
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        problems = [_explain(schema, dict(problem)) for problem in error.errors()]
-        raise UserError(f"configuration ({where}): " + "; ".join(problems)) from None
-
-
-def dump(config: Section) -> str:
-    """The resolved configuration as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def command(main: Callable[[list[str]], None]) -> None:
-    """Runs an entry: exit code 2 for a user's mistake and 1 for a run that cannot go on, each with
-    a message on stderr and no traceback."""
-    _quiet_libraries()
-    try:
-        main(sys.argv[1:])
-    except (UserError, RunFailed) as error:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f" (process {rank})"
-        print(f"error{where}: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
-
-
-def _quiet_libraries() -> None:
-    """No advice about packages this project does not need, printed by others at import."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    # Loader workers fork; fast tokenizers warn about it at every fork unless told.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _split(arguments: Sequence[str], default: Path | None) -> tuple[str | None, list[str]]:
-    file: str | None = str(default) if default else None
-    overrides: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument in ("--help", "-h"):
-            return "--help", []
-        if argument == "--config":
-            file = next(rest, None)
-            if file is None:
-                raise UserError("--config needs a file: --config configs/lora.yaml")
-        elif argument.startswith("--config="):
-            file = argument.removeprefix("--config=")
-        elif "=" in argument and not argument.startswith("-"):
-            overrides.append(argument)
-        else:
-            raise UserError(f"unexpected argument {argument!r}; use --config FILE and key=value")
-    return file, overrides
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"--config {file}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file} is not valid YAML: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"--config {file}: expected `key: value` lines at the top level")
-    return values
-
-
-def _holds_text(annotation: Any) -> bool:
-    several = get_origin(annotation) in (Union, UnionType)
-    kinds = get_args(annotation) if several else (annotation,)
-    return set(kinds) <= {str, Path, type(None)}
-
-
-def _apply(values: dict[str, Any], override: str, texts: set[str]) -> None:
-    key, _, text = override.partition("=")
-    value: Any = text
-    if key not in texts or text == "null":
-        try:
-            value = yaml.load(text, _Loader) if text else ""
-        except yaml.YAMLError:
-            pass  # validation will say what was expected
-    *sections, name = key.split(".")
-    for section in sections:
-        if not isinstance(values.get(section), dict):
-            values[section] = {}
-        values = values[section]
-    values[name] = value
-
-
-def _explain(schema: type[Section], problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{_nearest(schema, key)}"
-    if problem["type"] == "missing":
-        return f"'{key}' is required: add {key}=..."
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"'{key}'={problem['input']!r}: {problem['msg']}"
-
-
-def _nearest(schema: type[Section], key: str) -> str:
-    known = [name for name, _ in fields(schema)]
-    sections = dict.fromkeys(name.partition(".")[0] for name in known if "." in name)
-    if "." not in key and (near := difflib.get_close_matches(key, sections, n=1)):
-        return f"; did you mean '{near[0]}'?"
-    leaf = key.split(".")[-1]
-    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    by_leaf = {name.split(".")[-1]: name for name in reversed(known)}
-    matches = matches or [by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, n=1)]
-    siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-    if matches:
-        return f"; did you mean '{matches[0]}'?"
-    return f"; known there: {', '.join(siblings)}" if siblings else ""
-
-
-def fields(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All dotted keys of a configuration with their pydantic field."""
-    for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from fields(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field
-
-
-def describe(schema: type[Section], default: Path | None) -> str:
-    """The text of --help: every key, its default and its meaning."""
-    lines = [
-        (schema.__doc__ or "").strip(),
-        "",
-        "usage: [accelerate launch] ENTRY [--config FILE] [key=value ...]",
-    ]
-    if default:
-        lines.append(f"without --config: {os.path.relpath(default)}")
-    lines.append("")
-    for name, field in fields(schema):
-        value = "required" if field.is_required() else field.default
-        lines.append(f"  {name}  ({value})")
-        lines.append(f"      {' '.join((field.description or '').split())}")
-    return "\n".join(lines)

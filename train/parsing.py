@@ -1,0 +1,234 @@
+"""How a configuration is read: YAML files and `key=value` overrides into a typed `Section`, with
+errors that name the right key; and how an entry ends for a user's mistake.
+
+Imports nothing of this project and nothing heavy, so that `--help` and a mistyped key answer at
+once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class UserError(ValueError):
+    """A mistake the user can mend; the message names the file or key, the value and the remedy."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on, through no mistake in its configuration; the message says what to
+    do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+C = TypeVar("C", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: `no` is a word (`mixed_precision: no`), only true and false are not
+    (YAML 1.2)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [pair for pair in resolvers if pair[0] != "tag:yaml.org,2002:bool"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def load(schema: type[C], arguments: Sequence[str], *, default: Path | None = None) -> C:
+    """Reads `--config FILE` (or the default file) and applies `key=value` overrides.
+
+    Values are YAML (`lora.rank=16`, `preview.prompts='[a cat, a dog]'`), but for single texts and
+    paths, which are taken as they stand (`data.caption="a cat: big"`). Raises UserError for an
+    unreadable file, an unknown key (naming the nearest) or an invalid value. `--help` prints and
+    exits.
+    """
+    file, overrides = _split(arguments, default)
+    if file == "--help":
+        print(describe(schema, default))
+        raise SystemExit(0)
+    values = _read(Path(file)) if file else {}
+    texts = {name for name, field in fields(schema) if _holds_text(field.annotation)}
+    for override in overrides:
+        _apply(values, override, texts)
+    return validate(schema, values, where=file or "the command line")
+
+
+def validate(schema: type[C], values: dict[str, Any], *, where: str) -> C:
+    """Builds the typed configuration; every problem is listed in one UserError."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(schema, dict(problem)) for problem in error.errors()]
+        raise UserError(f"configuration ({where}): " + "; ".join(problems)) from None
+
+
+def dump(config: Section) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def command(main: Callable[[list[str]], None]) -> None:
+    """Runs an entry: exit code 2 for a user's mistake and 1 for a run that cannot go on, each with
+    a message on stderr and no traceback."""
+    _quiet_libraries()
+    try:
+        main(sys.argv[1:])
+    except BrokenPipeError:  # whoever was reading has read enough: `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (UserError, RunFailed) as error:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" (process {rank})"
+        print(f"error{where}: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+
+
+def _quiet_libraries() -> None:
+    """No advice about packages this project does not need, printed by others at import."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # Loader workers fork; fast tokenizers warn about it at every fork unless told.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _split(arguments: Sequence[str], default: Path | None) -> tuple[str | None, list[str]]:
+    file: str | None = str(default) if default else None
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("--help", "-h"):
+            return "--help", []
+        if argument == "--config":
+            file = next(rest, None)
+            if file is None:
+                raise UserError("--config needs a file: --config configs/lora.yaml")
+        elif argument.startswith("--config="):
+            file = argument.removeprefix("--config=")
+        elif "=" in argument and not argument.startswith("-"):
+            overrides.append(argument)
+        else:
+            raise UserError(f"unexpected argument {argument!r}; use --config FILE and key=value")
+    return file, overrides
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {file}: expected `key: value` lines at the top level")
+    return values
+
+
+def _holds_text(annotation: Any) -> bool:
+    several = get_origin(annotation) in (Union, UnionType)
+    kinds = get_args(annotation) if several else (annotation,)
+    return set(kinds) <= {str, Path, type(None)}
+
+
+def _apply(values: dict[str, Any], override: str, texts: set[str]) -> None:
+    key, _, text = override.partition("=")
+    value: Any = text
+    if key not in texts or text == "null":
+        try:
+            value = yaml.load(text, _Loader) if text else ""
+        except yaml.YAMLError:
+            pass  # validation will say what was expected
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[name] = value
+
+
+def _explain(schema: type[Section], problem: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{_nearest(schema, re.sub(r'[.][0-9]+(?=[.])', '[]', key))}"
+    if problem["type"] == "missing":
+        below = [name for name, _ in fields(schema) if name.startswith(f"{key}.")]
+        asked = f"{key}.path" if f"{key}.path" in below else (below or [key])[0]
+        return f"'{key}' is required: add {asked}=..."
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"'{key}'={problem['input']!r}: {problem['msg']}"
+
+
+def _nearest(schema: type[Section], key: str) -> str:
+    known = [name for name, _ in fields(schema)]
+    sections = dict.fromkeys(name.partition(".")[0] for name in known if "." in name)
+    if "." not in key and (near := difflib.get_close_matches(key, sections, n=1)):
+        return f"; did you mean '{near[0]}'?"
+    leaf = key.split(".")[-1]
+    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    by_leaf = {name.split(".")[-1]: name for name in reversed(known)}
+    matches = matches or [by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, n=1)]
+    siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+    if matches:
+        return f"; did you mean '{matches[0]}'?"
+    return f"; known there: {', '.join(siblings)}" if siblings else ""
+
+
+def fields(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All dotted keys of a configuration with their pydantic field; `sources[].path` is a key of
+    each item of a list."""
+    for name, field in schema.model_fields.items():
+        section, item = _section(field.annotation)
+        if section is None or item:
+            yield f"{prefix}{name}", field
+        if section is not None:
+            yield from fields(section, f"{prefix}{name}{item}.")
+
+
+def _section(annotation: Any) -> tuple[type[Section] | None, str]:
+    """The section a field holds, and "[]" where it holds a list of them."""
+    if get_origin(annotation) is list:
+        return _section(get_args(annotation)[0])[0], "[]"
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    found = [k for k in kinds if isinstance(k, type) and issubclass(k, Section)]
+    return (found[0] if found and annotation is found[0] else None), ""
+
+
+def describe(schema: type[Section], default: Path | None) -> str:
+    """The text of --help: every key, its default and its meaning."""
+    lines = [
+        (schema.__doc__ or "").strip(),
+        "",
+        "usage: [accelerate launch] ENTRY [--config FILE] [key=value ...]",
+    ]
+    if default:
+        lines.append(f"without --config: {os.path.relpath(default)}")
+    lines.append("")
+    for name, field in fields(schema):
+        value = "required" if field.is_required() else field.default
+        lines.append(f"  {name}  ({value})")
+        lines.append(f"      {' '.join((field.description or '').split())}")
+    return "\n".join(lines)
