@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 VERSION = 2  # to be raised whenever a picture accepted before could be refused now
-ROWS_AT_ONCE = 16_384
+ROWS_AT_ONCE = 2048  # a row that is read brings its neighbours into memory
 FILE, ROW, STREAM = "file:", "row:", "stream:"  # how a location begins
 
 
@@ -102,6 +102,7 @@ class Table(Sequence[Record]):
         version = (table.schema.metadata or {}).get(b"version")
         if not table.schema.equals(_schema({})) or version != str(VERSION).encode():
             raise ValueError(f"{path} is a table of another version")
+        table.validate(full=True)
         return cls(table)
 
     @classmethod
