@@ -1,7 +1,7 @@
-"""Latents and caption embeddings on disk, each under a key of everything that it depends on.
+"""Latents and caption embeddings in a store, each under a key of everything that it depends on.
 
-An edited picture, another VAE or another size has another key, so nothing stale is ever read and
-only what is missing is encoded. Entries are written whole or not at all.
+An edited picture, another VAE, size or crop has another key, so nothing stale is ever read and only
+what is missing is encoded.
 """
 
 from __future__ import annotations
@@ -10,125 +10,37 @@ import hashlib
 import io
 import json
 import os
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data import images
+import numpy as np
+import xxhash
+
+from data import images, maps
+from data.files import Progress, silent
 from data.images import WHITE, Colour, Size
+from data.records import Record
 from train.config import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from data.sources import Record
+    from data.store import TensorStore, Writer
 
-VERSION = 1  # to be raised whenever the same picture or caption would be encoded differently
-MOMENTS, FLIPPED, EMBEDDINGS = "moments", "moments_flipped", "embeddings"
+VERSION = 2  # to be raised whenever the same picture or caption would be encoded differently
+MOMENTS, FLIPPED, MASK, DEPTH = NAMES = ("moments", "moments_flipped", "mask", "depth")
+EMBEDDINGS = "embeddings"
 DECODERS = min(8, os.cpu_count() or 1)
 
-Tensors = dict[str, "torch.Tensor"]
+Centre = tuple[float, float]
 Encode = Callable[["torch.Tensor"], "torch.Tensor"]
-EncodeText = Callable[[list[str]], "torch.Tensor"]
-Progress = Callable[[int, int], None]
-
-
-def silent(done: int, total: int) -> None:
-    """The progress that nobody watches."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The whole file or none of it, also through a crash: temporary file, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class TensorCache:
-    """Named tensors under hexadecimal keys: safetensors files in `folder`, with a checksum each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-
-    def path(self, key: str) -> Path:
-        return self.folder / key[:2] / key[2:4] / f"{key}.safetensors"
-
-    def names(self, key: str) -> frozenset[str]:
-        """What the entry holds, from its header alone; nothing if absent or cut short."""
-        try:
-            with self.path(key).open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                size = os.fstat(file.fileno()).st_size
-                header = json.loads(file.read(length)) if length < size else {}
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return frozenset()
-        return frozenset(header) if size == 8 + length + end else frozenset()
-
-    def get(self, key: str) -> Tensors | None:
-        """The tensors on the CPU; None where there are none. A damaged entry is removed."""
-        try:
-            content = self.path(key).read_bytes()
-        except OSError:
-            return None
-        tensors = _unpack(content, key)
-        if tensors is None:
-            self._remove(key)
-        return tensors
-
-    def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Writes the entry, replacing what was there. Raises UserError where it cannot."""
-        from safetensors.torch import save
-
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        content = save(ready, metadata={"checksum": _checksum(key, ready)})
-        try:
-            write_atomically(self.path(key), content)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the cache in {self.folder}: {error.strerror or error}; "
-                "free some space there or choose another folder"
-            ) from error
-
-    def _remove(self, key: str) -> None:
-        try:
-            self.path(key).unlink(missing_ok=True)
-        except OSError:
-            pass  # a read-only cache: the entry stays a miss
-
-
-def _unpack(content: bytes, key: str) -> Tensors | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(content)
-        length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError):
-        return None
-    return tensors if metadata.get("checksum") == _checksum(key, tensors) else None
-
-
-def _checksum(key: str, tensors: Tensors) -> str:
-    import torch
-
-    total = hashlib.blake2b(key.encode(), digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+EncodeText = Callable[[list[str]], "Sequence[torch.Tensor]"]
 
 
 def _key(*parts: object) -> str:
@@ -136,15 +48,18 @@ def _key(*parts: object) -> str:
 
 
 def latent_key(
-    sha256: str,
+    record: Record,
     vae_fingerprint: str,
     size: Size,
-    crop: str = "centre",
+    centre: Centre = (0.5, 0.5),
     *,
     background: Colour = WHITE,
 ) -> str:
-    """The key of one picture's latent moments: `sha256` is of the file's bytes."""
-    return _key("latent", sha256, vae_fingerprint, list(size), crop, list(background))
+    """The key of one picture's latents, and of its mask and depth, at one size and crop."""
+    box = images.fit_geometry(record.width, record.height, size, centre).box
+    kept = [round(side, 3) + 0.0 for side in box]  # and no -0.0
+    beside = [record.mask_sha256, record.depth_sha256]
+    return _key("latent", record.sha256, vae_fingerprint, size, kept, background, beside)
 
 
 def text_key(caption: str, text_encoder_fingerprint: str, tokenizer_fingerprint: str) -> str:
@@ -152,152 +67,232 @@ def text_key(caption: str, text_encoder_fingerprint: str, tokenizer_fingerprint:
     return _key("text", caption, text_encoder_fingerprint, tokenizer_fingerprint)
 
 
-def latent_keys(
-    records: Sequence[Record],
-    sizes: Sequence[Size],
-    vae_fingerprint: str,
-    *,
-    background: Colour = WHITE,
-) -> list[str]:
-    """`latent_key` of each record at its size."""
-    return [
-        latent_key(record.sha256, vae_fingerprint, size, background=background)
-        for record, size in zip(records, sizes, strict=True)
-    ]
+@dataclass(frozen=True, eq=False)
+class LatentKeys:
+    """Which entries each picture has, worked out when asked: nothing is kept per picture."""
+
+    records: Sequence[Record]
+    sizes: np.ndarray
+    """The bucket of each record, (n, 2): width and height in pixels."""
+    vae_fingerprint: str
+    crops: Sequence[Any] = ("centre",)
+    """How the pictures of each source are cropped: centre, random or focus."""
+    sources: np.ndarray | None = None
+    """Which source each record is from, (n,); None where there is one."""
+    crop_variants: int = 4
+    """Crops of a picture that is cropped at random."""
+    background: Colour = WHITE
+
+    def __post_init__(self) -> None:
+        assert len(self.records) == len(self.sizes)
+        assert self.sources is not None or len(self.crops) == 1
+
+    def size(self, index: int) -> Size:
+        return int(self.sizes[index, 0]), int(self.sizes[index, 1])
+
+    def keys(self, index: int, record: Record | None = None) -> list[str]:
+        """The key of each crop of a picture: one, or `crop_variants` where crops are random."""
+        record = record or self.records[index]
+        return [self.key(index, record, centre) for centre in self.centres(index, record)]
+
+    def key(self, index: int, record: Record, centre: Centre) -> str:
+        return latent_key(
+            record, self.vae_fingerprint, self.size(index), centre, background=self.background
+        )
+
+    def centres(self, index: int, record: Record) -> list[Centre]:
+        """The point that each crop of a picture is taken about."""
+        return images.crop_centres(
+            record.width,
+            record.height,
+            self.size(index),
+            crop=self.crops[0 if self.sources is None else int(self.sources[index])],
+            focus=record.focus,
+            sha256=record.sha256,
+            variants=self.crop_variants,
+        )
 
 
-def text_keys(
-    captions: Iterable[str], text_encoder_fingerprint: str, tokenizer_fingerprint: str
-) -> dict[str, str]:
-    """Each different caption's `text_key`; always with "", which caption dropout needs."""
-    return {
-        caption: text_key(caption, text_encoder_fingerprint, tokenizer_fingerprint)
-        for caption in dict.fromkeys(["", *captions])
-    }
+class _Work(NamedTuple):
+    """What is to be encoded, one row per entry: small numbers only, there may be millions."""
+
+    row: np.ndarray  # of the record
+    variant: np.ndarray  # which of its crops
+    missing: np.ndarray  # which of NAMES its entry lacks, as bits
 
 
 class _Job(NamedTuple):
-    """One picture to encode: `missing` are the names its entry still lacks."""
+    """One crop of one picture, to be encoded."""
 
-    size: Size
-    missing: tuple[str, ...]
-    key: str
     record: Record
+    size: Size
+    centre: Centre
+    key: str
+    missing: tuple[str, ...]
 
 
 def cache_latents(
-    records: Sequence[Record],
-    sizes: Sequence[Size],
-    cache: TensorCache,
+    keys: LatentKeys,
+    store: TensorStore,
     encode: Encode,
     *,
-    vae_fingerprint: str,
     flip: bool = False,
-    background: Colour = WHITE,
     batch_size: int = 8,
     rank: int = 0,
     world: int = 1,
+    read: Callable[[Record], bytes] = Record.read,
     progress: Progress = silent,
 ) -> int:
-    """Encodes this process's share of what is missing; returns the number of pictures encoded.
+    """Encodes this process's share of what is missing; returns the number of entries encoded.
 
     `encode` maps pixels (B, 3, H, W), float32 in [-1, 1], to the VAE's moments (B, 2C, H/8, W/8):
     mean and log-variance along the channels. They are kept in float16 as "moments", and with
-    `flip` those of the mirrored picture as "moments_flipped". The next batch is decoded while this
-    one is encoded. The caller waits for the other processes.
+    `flip` those of the mirrored picture as "moments_flipped"; a mask and a depth map beside the
+    picture become "mask" and "depth" (1, H/8, W/8), see `data.maps`. The next pictures are decoded
+    while these are encoded. The caller waits for the other processes, then calls `store.refresh`.
 
-    `progress(done, total)` is called after each batch, counts this process's pictures, and may
-    raise to stop: what is done stays done. Raises UserError naming a picture that changed since it
-    was scanned or whose moments are not finite.
+    `read` gives a picture's bytes. `progress(done, total)` is called after each batch, counts this
+    process's entries, and may raise to stop: what is done stays done. Raises UserError naming a
+    picture that changed since it was scanned or whose moments are not finite.
     """
-    keys = latent_keys(records, sizes, vae_fingerprint, background=background)
-    wanted = (MOMENTS, FLIPPED) if flip else (MOMENTS,)
-    jobs = _jobs(records, sizes, keys, cache, wanted, rank, world)
-    done = 0
-    for batch, pixels in _decoded(_batches(jobs, batch_size), background):
-        _encode_batch(batch, pixels, cache, encode)
-        done += len(batch)
-        progress(done, len(jobs))
-    return len(jobs)
+    work = _work(keys, store, flip, rank, world)
+    done, total = 0, len(work.row)
+    if not total:
+        return 0  # a complete cache may be read-only
+    with store.writer() as writer:
+        for jobs, ready in _decoded(_batches(work, keys, batch_size), keys.background, read):
+            _encode_batch(jobs, ready, writer, encode)
+            done += len(jobs)
+            progress(done, total)
+    return total
 
 
-def _jobs(
-    records: Sequence[Record],
-    sizes: Sequence[Size],
-    keys: Sequence[str],
-    cache: TensorCache,
-    wanted: tuple[str, ...],
-    rank: int,
-    world: int,
-) -> list[_Job]:
-    # Copies of one picture share a key. The split comes before the look at the disk, which another
-    # process may be changing.
-    first = {key: index for index, key in reversed(list(enumerate(keys)))}
-    jobs = []
-    for index in sorted(first.values())[rank::world]:
-        there = cache.names(keys[index])
-        missing = tuple(name for name in wanted if name not in there)
-        if missing:
-            jobs.append(_Job(sizes[index], missing, keys[index], records[index]))
-    return jobs
+def _work(keys: LatentKeys, store: TensorStore, flip: bool, rank: int, world: int) -> _Work:
+    """This process's share, sorted so that what can share a batch is together."""
+    identities, rows, variants, bits = array("Q"), array("I"), array("B"), array("B")
+    for index, record in enumerate(keys.records):
+        wanted = (True, flip, record.mask is not None, record.depth is not None)
+        for variant, key in enumerate(keys.keys(index, record)):
+            there = store.names(key)
+            lacking = (want and name not in there for want, name in zip(wanted, NAMES, strict=True))
+            identities.append(_identity(key))
+            rows.append(index)
+            variants.append(variant)
+            bits.append(sum(lacks << bit for bit, lacks in enumerate(lacking)))
+    columns = (np.frombuffer(column, column.typecode) for column in (rows, variants, bits))
+    mine = _share(np.frombuffer(identities, np.uint64), rank, world)
+    work = _Work(*(column[mine] for column in columns))
+    work = _Work(*(column[work.missing > 0] for column in work))
+    widths, heights = keys.sizes[work.row].T
+    return _Work(*(column[np.lexsort((work.missing, heights, widths))] for column in work))
 
 
-def _batches(jobs: list[_Job], batch_size: int) -> Iterator[list[_Job]]:
-    for _, same in groupby(sorted(jobs, key=lambda job: job[:2]), key=lambda job: job[:2]):
-        group = list(same)
+def _identity(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))
+
+
+def _share(identities: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """The positions of this process's share of different values, in order.
+
+    It does not depend on what is missing: the disk may be changing under another process's hands.
+    """
+    first = np.unique(identities, return_index=True)[1]
+    first.sort()
+    return first[rank::world]
+
+
+def _batches(work: _Work, keys: LatentKeys, batch_size: int) -> Iterator[list[_Job]]:
+    alike = np.column_stack([keys.sizes[work.row], work.missing])
+    borders = np.flatnonzero((alike[1:] != alike[:-1]).any(axis=1)) + 1
+    for group in np.split(np.arange(len(alike)), borders):
         for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+            yield [_job(work, keys, at) for at in group[start : start + batch_size]]
+
+
+def _job(work: _Work, keys: LatentKeys, at: int) -> _Job:
+    index, bits = int(work.row[at]), int(work.missing[at])
+    record = keys.records[index]
+    centre = keys.centres(index, record)[work.variant[at]]
+    missing = tuple(name for bit, name in enumerate(NAMES) if bits >> bit & 1)
+    return _Job(record, keys.size(index), centre, keys.key(index, record, centre), missing)
+
+
+Ready = dict[str, "torch.Tensor"]  # "pixels" (3, H, W) where they are to be encoded, mask, depth
 
 
 def _decoded(
-    batches: Iterable[list[_Job]], background: Colour
-) -> Iterator[tuple[list[_Job], torch.Tensor]]:
-    """Each batch with its pixels, the next one decoding meanwhile."""
+    batches: Iterable[list[_Job]], background: Colour, read: Callable[[Record], bytes]
+) -> Iterator[tuple[list[_Job], list[Ready]]]:
+    """Each batch with what was read for it, later ones decoding meanwhile."""
+    pending: deque[tuple[list[_Job], list[Future[Ready]]]] = deque()
+    pool = ThreadPoolExecutor(DECODERS)
+    try:
+        for jobs in batches:
+            pending.append((jobs, [pool.submit(_ready, job, background, read) for job in jobs]))
+            if sum(len(waiting) for waiting, _ in pending) >= DECODERS + len(pending[0][0]):
+                first, futures = pending.popleft()
+                yield first, [future.result() for future in futures]
+        while pending:
+            first, futures = pending.popleft()
+            yield first, [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ready(job: _Job, background: Colour, read: Callable[[Record], bytes]) -> Ready:
+    record, ready = job.record, {}
+    if MOMENTS in job.missing or FLIPPED in job.missing:
+        content = _unchanged(read(record), record.sha256, record.path or record.id)
+        image = images.open_image(io.BytesIO(content), background, cover=job.size)
+        ready["pixels"] = images.to_tensor(images.fit(image, job.size, job.centre))
+    fitted = images.fit_geometry(record.width, record.height, job.size, job.centre)
+    box = maps.relative(fitted.box, record.width, record.height)
+    if MASK in job.missing:
+        content = _beside(record.mask, record.mask_sha256)
+        ready[MASK] = maps.mask_latent(content, job.size, box)
+    if DEPTH in job.missing:
+        content = _beside(record.depth, record.depth_sha256)
+        ready[DEPTH] = maps.depth_latent(content, job.size, box)
+    return ready
+
+
+def _beside(path: str | None, sha256: str | None) -> bytes:
+    assert path and sha256
+    try:
+        return _unchanged(Path(path).read_bytes(), sha256, path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _unchanged(content: bytes, sha256: str, what: object) -> bytes:
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{what} changed while it was being read: run the command again")
+    return content
+
+
+def _encode_batch(jobs: list[_Job], ready: list[Ready], writer: Writer, encode: Encode) -> None:
     import torch
 
-    pending: deque[tuple[list[_Job], list[Future[torch.Tensor]]]] = deque()
-    with ThreadPoolExecutor(DECODERS) as pool:
-        for batch in batches:
-            pending.append((batch, [pool.submit(_pixels, job, background) for job in batch]))
-            if len(pending) > 1:
-                ready, futures = pending.popleft()
-                yield ready, torch.stack([future.result() for future in futures])
-        for ready, futures in pending:
-            yield ready, torch.stack([future.result() for future in futures])
-
-
-def _pixels(job: _Job, background: Colour) -> torch.Tensor:
-    record = job.record
-    try:
-        content = record.path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {record.path}: {error.strerror or error}") from error
-    if hashlib.sha256(content).hexdigest() != record.sha256:
-        raise UserError(f"{record.path} changed while it was being read: run the command again")
-    image = images.open_image(io.BytesIO(content), background, cover=job.size)
-    return images.to_tensor(images.fit(image, job.size))
-
-
-def _encode_batch(
-    batch: list[_Job], pixels: torch.Tensor, cache: TensorCache, encode: Encode
-) -> None:
-    moments = {
-        name: encode(pixels.flip(-1) if name == FLIPPED else pixels).detach().cpu().half()
-        for name in batch[0].missing
-    }
-    for row, job in enumerate(batch):
-        new = {name: values[row].clone() for name, values in moments.items()}
-        if not all(bool(tensor.isfinite().all()) for tensor in new.values()):
+    moments = {}
+    if "pixels" in ready[0]:
+        pixels = torch.stack([parts.pop("pixels") for parts in ready])
+        for name in jobs[0].missing:
+            if name in {MOMENTS, FLIPPED}:
+                turned = pixels.flip(-1) if name == FLIPPED else pixels
+                moments[name] = encode(turned).detach().cpu().half()
+    for row, (job, beside) in enumerate(zip(jobs, ready, strict=True)):
+        latents = {name: values[row] for name, values in moments.items()}
+        if not all(bool(tensor.isfinite().all()) for tensor in latents.values()):
             raise UserError(
-                f"{job.record.path}: its latents are not finite; encode with the VAE in float32, "
-                "and if that does not help, remove the picture"
+                f"{job.record.path or job.record.id}: its latents are not finite; encode with the "
+                "VAE in float32, and if that does not help, remove the picture"
             )
-        cache.put(job.key, (cache.get(job.key) or {}) | new)
+        writer.put(job.key, latents | beside)
 
 
 def cache_captions(
-    captions: Iterable[str],
-    cache: TensorCache,
+    captions: Sequence[str],
+    store: TensorStore,
     encode_text: EncodeText,
     *,
     text_encoder_fingerprint: str,
@@ -309,22 +304,33 @@ def cache_captions(
 ) -> int:
     """Encodes this process's share of the missing captions, "" among them; returns how many.
 
-    `encode_text` maps B captions to (B, L, D) with the same L always; kept in float16 as
-    "embeddings". `progress` is as in `cache_latents`. Raises UserError naming a caption whose
-    embeddings are not finite.
+    `encode_text` maps captions to the embeddings (L, D) of each, kept in float16 as "embeddings".
+    `progress` is as in `cache_latents`. Raises UserError naming a caption whose embeddings are not
+    finite.
     """
-    keys = text_keys(captions, text_encoder_fingerprint, tokenizer_fingerprint)
-    mine = sorted(keys)[rank::world]
-    missing = [caption for caption in mine if EMBEDDINGS not in cache.names(keys[caption])]
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
-        embeddings = encode_text(batch).detach().cpu().half()
-        for caption, embedding in zip(batch, embeddings, strict=True):
-            if not embedding.isfinite().all():
-                raise UserError(
-                    f"the embeddings of the caption {caption!r} are not finite: encode with the "
-                    "text encoder in float32"
-                )
-            cache.put(keys[caption], {EMBEDDINGS: embedding.clone()})
-        progress(start + len(batch), len(missing))
+
+    def caption(position: int) -> str:
+        return captions[position - 1] if position else ""  # which caption dropout needs
+
+    def key(position: int) -> str:
+        return text_key(caption(position), text_encoder_fingerprint, tokenizer_fingerprint)
+
+    identities = (_identity(text) for text in chain([""], captions))
+    mine = _share(np.fromiter(identities, np.uint64), rank, world).tolist()
+    missing = [position for position in mine if EMBEDDINGS not in store.names(key(position))]
+    if not missing:
+        return 0
+    with store.writer() as writer:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            encoded = encode_text([caption(position) for position in batch])
+            for position, embeddings in zip(batch, encoded, strict=True):
+                half = embeddings.detach().cpu().half()
+                if not half.isfinite().all():
+                    raise UserError(
+                        f"the embeddings of the caption {caption(position)!r} are not finite: "
+                        "encode with the text encoder in float32"
+                    )
+                writer.put(key(position), {EMBEDDINGS: half})
+            progress(start + len(batch), len(missing))
     return len(missing)
