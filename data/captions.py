@@ -1,156 +1,166 @@
-"""The captions of a folder's pictures: from metadata.jsonl, or from text files beside them."""
+"""As what a folder is read, and with it where each picture's captions come from."""
 
 from __future__ import annotations
 
-import json
-import unicodedata
-from collections.abc import Mapping
-from pathlib import PurePosixPath
+from collections.abc import Sequence
 
+from data import companions
+from data.companions import Focus, Kind
 from data.images import EXTENSIONS
-from data.listing import CAPTION_EXTENSIONS, METADATA, Listing, extension, few, shown, stem
+from data.listing import CAPTION_EXTENSIONS, METADATA, Listing, Tally, extension, shown, stem
 from train.config import UserError
 
+IMAGES, TEXTS = companions.PICTURES, ("texts", "captions")
 
-def read_captions(listing: Listing, default: str | None) -> tuple[dict[str, str], str]:
-    """Each picture's caption by id, and a sentence on where they were found and why there.
 
-    `default` is for pictures whose caption is missing or empty; what else is wrong is added to the
-    listing's problems. White space within a caption becomes single spaces. Raises UserError where
-    there are no pictures, or no captions at all.
+class Layout:
+    """The pictures of a folder, and what belongs to each of them.
+
+    Its methods may be called from several threads; they raise ValueError saying why a picture
+    cannot be used.
     """
-    if METADATA in listing.files or METADATA in listing.problems:
-        captions = _from_metadata(listing, default)
-        recognised = f"{len(captions)} pictures listed in {METADATA}, which {listing.folder} holds"
-    else:
-        captions = _from_sidecars(listing, default)
-        recognised = (
-            f"{len(captions)} pictures with captions in .txt or .caption files beside them, as "
-            f"{listing.folder} holds no {METADATA}"
-        )
-    if not captions and not listing.problems:
-        raise UserError(_nothing(listing))
-    return captions, recognised
+
+    pictures: Sequence[str]
+    """The ids, sorted."""
+    recognised: str
+    """As what the folder was read and why."""
+
+    def __init__(self, listing: Listing) -> None:
+        self.listing = listing
+
+    def captions(self, name: str) -> tuple[str, ...]:
+        """All captions of the picture; none if it has none."""
+        raise NotImplementedError
+
+    def focus(self, name: str) -> Focus | None:
+        """The point that a focus crop keeps in the middle."""
+        return companions.focus_beside(self.listing, name)
+
+    def companion(self, name: str, kind: Kind) -> str | None:
+        """The name of the picture's mask or depth map."""
+        return companions.find(self.listing, name, kind)
+
+    def notes(self, several: Tally) -> list[str]:
+        """What is to be said once all is read; `several`: pictures with more than one caption."""
+        return []
 
 
-def _nothing(listing: Listing) -> str:
-    if listing.pictures:
-        return f"{listing.folder / METADATA} lists no pictures: list them, or remove it"
-    kinds = " ".join(sorted(EXTENSIONS))
-    return f"data.path={listing.folder} holds no pictures ({kinds}): give the folder that does"
+def recognise(listing: Listing, default: str | None, column: str | None = None) -> Layout:
+    """The layout of the folder: metadata file, images/ + texts/, text files beside the pictures,
+    or pictures alone where `default` is to be the caption of them all.
 
+    column: the key of the captions in a metadata file. What is ignored is added to the listing's
+    notes. Raises UserError where there are no pictures, or no captions at all.
+    """
+    metadata = [name for name in METADATA if name in listing or name in listing.problems]
+    if len(metadata) > 1:
+        names = " and ".join(metadata)
+        raise UserError(f"{listing.folder} holds {names}: keep the one that is to be read")
+    nested = [n for n in listing.names if n.endswith(METADATA) and n not in METADATA]
+    listing.notes += Tally(nested).note(
+        "metadata files below the folder are not read; give the folder that holds one as a path"
+    )
+    if metadata:
+        from data.metadata import Metadata
 
-def _keep(
-    listing: Listing, captions: dict[str, str], name: str, text: str, default: str | None
-) -> None:
-    text = " ".join(text.split())
-    if text or default is not None:
-        captions[name] = text or default or ""
-    else:
-        listing.problems[name] = "has no caption: write one, or set data.caption for all such"
-
-
-# Text files beside the pictures --------------------------------------------------------------
-
-
-def _from_sidecars(listing: Listing, default: str | None) -> dict[str, str]:
-    sidecars: dict[str, list[str]] = {}
-    for name in listing.files:
-        if extension(name) in CAPTION_EXTENSIONS:
-            sidecars.setdefault(stem(name), []).append(name)
-    if default is None:
-        _demand_captions(listing, sidecars)
-    captions: dict[str, str] = {}
-    owners: dict[str, str] = {}
-    for name in listing.pictures:
-        beside = sidecars.get(stem(name), [])
-        owner = owners.setdefault(stem(name), name)
-        if beside and owner != name:
-            listing.problems[name] = f"shares {beside[0]} with {owner}: rename one of the pictures"
-        elif len(beside) > 1:
-            listing.problems[name] = f"has two captions, {' and '.join(beside)}: remove one"
-        else:
-            text = _read_text(listing, beside[0]) if beside else ""
-            if text is not None:
-                _keep(listing, captions, name, text, default)
-    orphans = [name for key, names in sidecars.items() if key not in owners for name in names]
-    if orphans:
-        listing.notes.append(few("text without a picture of its name", orphans))
-    return captions
-
-
-def _demand_captions(listing: Listing, sidecars: Mapping[str, list[str]]) -> None:
-    pictures = listing.pictures
-    if pictures and not any(stem(name) in sidecars for name in pictures):
+        return Metadata(listing, metadata[0], column)
+    pictures, left_aside = companions.split_pictures(listing)
+    listing.notes += companions.unowned(listing, pictures)
+    listing.notes += Tally(left_aside).note("masks and depth maps, not taken as pictures")
+    if not pictures and not listing.problems:
+        kinds = " ".join(sorted(EXTENSIONS))
+        raise UserError(f"{listing.folder} holds no pictures ({kinds}): give the folder that does")
+    layout: Sidecars = Pairs(listing, [n for n in pictures if n.startswith(f"{IMAGES}/")])
+    if not layout.captioned:
+        layout = Sidecars(listing, pictures)
+    if pictures and not layout.captioned and default is None:
         raise UserError(
-            f"data.path={listing.folder} holds {len(pictures)} pictures but no captions: put a "
-            f".txt or .caption file beside each, or a {METADATA} into the folder, or set "
-            "data.caption to one caption for all"
+            f"{listing.folder} holds {len(pictures)} pictures but no captions: put a .txt or "
+            f".caption file beside each, or a {METADATA[0]} into the folder, or set data.caption "
+            "to one caption for all"
+        )
+    listing.notes += layout.unused(pictures)
+    return layout
+
+
+class Sidecars(Layout):
+    """NAME.txt or NAME.caption beside the picture, each line a caption; or one caption for all."""
+
+    def __init__(self, listing: Listing, pictures: Sequence[str]) -> None:
+        super().__init__(listing)
+        self.pictures = pictures
+        self.captioned = any(self.texts(name) for name in pictures)
+        self.recognised = f"{len(pictures)} pictures {self._why()}"
+
+    def _why(self) -> str:
+        if self.captioned:
+            return (
+                "with captions in .txt or .caption files beside them, as "
+                f"{self.listing.folder} holds no metadata.jsonl, .csv or .parquet"
+            )
+        return f"with data.caption for all, as {self.listing.folder} holds no captions"
+
+    def texts(self, name: str) -> list[str]:
+        """The text files of a picture."""
+        return self._texts(stem(name))
+
+    def _texts(self, stem: str) -> list[str]:
+        found = self.listing.with_stem(stem)
+        return [name for name in found if extension(name) in CAPTION_EXTENSIONS]
+
+    def _owner(self, text: str) -> str | None:
+        """The stem of the pictures a text file is for."""
+        return stem(text)
+
+    def _is_orphan(self, name: str) -> bool:
+        if extension(name) not in CAPTION_EXTENSIONS:
+            return False
+        owner = self._owner(name)
+        return owner is None or not self.listing.pictures_named(owner)
+
+    def captions(self, name: str) -> tuple[str, ...]:
+        texts = self.texts(name)
+        if not texts:
+            return ()
+        if len(texts) > 1:
+            names = " and ".join(shown(text) for text in texts)
+            raise ValueError(f"has two captions, {names}: remove one")
+        owner = self.listing.pictures_named(stem(name))[0]
+        if owner != name:
+            raise ValueError(
+                f"shares {shown(texts[0])} with {shown(owner)}: rename one of the pictures"
+            )
+        lines = self.listing.text(texts[0]).replace("\r", "\n").split("\n")
+        return tuple(filter(None, (" ".join(line.split()) for line in lines)))
+
+    def unused(self, pictures: Sequence[str]) -> list[str]:
+        """Notes on the texts, and of these pictures those, that are not part of it."""
+        orphans = Tally(name for name in self.listing.names if self._is_orphan(name))
+        return orphans.note("text without a picture of its name, not used")
+
+    def notes(self, several: Tally) -> list[str]:
+        return several.note("text files of several lines, each line a caption of its own")
+
+
+class Pairs(Sidecars):
+    """images/NAME with texts/NAME.txt (or captions/), and so below them."""
+
+    def _why(self) -> str:
+        return (
+            f"in {IMAGES}/ with captions in {' or '.join(f'{folder}/' for folder in TEXTS)}, which "
+            f"{self.listing.folder} holds beside it"
         )
 
+    def unused(self, pictures: Sequence[str]) -> list[str]:
+        outside = Tally(name for name in pictures if not name.startswith(f"{IMAGES}/"))
+        orphans = Tally(name for name in self.listing.names if self._is_orphan(name))
+        notes = outside.note(f"pictures outside {IMAGES}/, not used")
+        return notes + orphans.note(f"text that is not of a picture in {IMAGES}/, not used")
 
-def _read_text(listing: Listing, name: str) -> str | None:
-    content = listing.read(name)
-    try:
-        return None if content is None else content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        listing.problems[name] = f"is not UTF-8 (byte {error.start}): save it as UTF-8"
-        return None
+    def texts(self, name: str) -> list[str]:
+        below = stem(name).removeprefix(f"{IMAGES}/")
+        return [text for folder in TEXTS for text in self._texts(f"{folder}/{below}")]
 
-
-# metadata.jsonl ------------------------------------------------------------------------------
-
-
-def _from_metadata(listing: Listing, default: str | None) -> dict[str, str]:
-    captions: dict[str, str] = {}
-    content = listing.read(METADATA) if METADATA in listing.files else None
-    lines = (content or b"").removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            _keep_line(listing, captions, line, default)
-        except ValueError as error:
-            listing.problems[f"{METADATA}:{number}"] = str(error)
-    known = captions.keys() | listing.problems.keys()
-    unlisted = [name for name in listing.pictures if name not in known]
-    if unlisted:
-        listing.notes.append(few(f"pictures that {METADATA} does not list, not used", unlisted))
-    return captions
-
-
-def _keep_line(
-    listing: Listing, captions: dict[str, str], line: bytes, default: str | None
-) -> None:
-    """Takes one line in; ValueError says what is wrong with it."""
-    if not line.strip():
-        return
-    file_name, text = _parse(line)
-    name = _contained(file_name, listing)
-    if name in captions:
-        raise ValueError(f"lists {shown(name)} a second time: remove one")
-    _keep(listing, captions, name, text, default)
-
-
-def _parse(line: bytes) -> tuple[str, str]:
-    try:
-        entry = json.loads(line)
-    except UnicodeDecodeError:
-        raise ValueError("is not UTF-8: save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON ({error})") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-        raise ValueError('needs "file_name", a string')
-    if not isinstance(entry.get("text", ""), str):
-        raise ValueError('"text" must be a string')
-    return entry["file_name"], entry.get("text", "")
-
-
-def _contained(file_name: str, listing: Listing) -> str:
-    """The id of the file that is named; never one outside the folder."""
-    path = PurePosixPath(file_name)
-    if path.is_absolute() or ".." in path.parts or "\\" in file_name or "://" in file_name:
-        raise ValueError(f"file_name {shown(file_name)} must be a path below the folder")
-    name = unicodedata.normalize("NFC", path.as_posix())
-    if name not in listing.files:
-        why = listing.problems.get(name, "is not in the folder")
-        raise ValueError(f"file_name {shown(file_name)} {why}")
-    return name
+    def _owner(self, text: str) -> str | None:
+        folder, _, below = stem(text).partition("/")
+        return f"{IMAGES}/{below}" if folder in TEXTS else None

@@ -1,0 +1,54 @@
+"""data/quarantine.py: copies of what cannot be used."""
+
+import os
+
+import pytest
+
+from data.quarantine import quarantine
+from data.sources import Rejected, scan
+from tests.folders import picture
+from train.config import UserError
+
+
+def test_rejected_files_are_copied_with_their_reasons_once(tmp_path):
+    folder, kept = tmp_path / "set", tmp_path / "run" / "quarantine"
+    picture(folder / "good.png")
+    picture(folder / "sub" / "bad.png").write_bytes(b"hello")
+    (folder / "out.png").symlink_to(picture(tmp_path / "elsewhere.png"))
+    os.mkfifo(folder / "pipe.png")
+    rejected = scan(folder, on_bad="report").rejected
+    assert quarantine(rejected, kept) == 1
+    assert (kept / "sub" / "bad.png").read_bytes() == b"hello"
+    inode = (kept / "sub" / "bad.png").stat().st_ino
+    assert quarantine(rejected, kept) == 1
+    assert (kept / "sub" / "bad.png").stat().st_ino == inode
+    assert {path.name for path in kept.rglob("*")} == {"sub", "bad.png", "reasons.txt"}
+    reasons = (kept / "reasons.txt").read_text()
+    assert "sub/bad.png: is not a picture" in reasons and "out.png: is a link" in reasons
+    assert sorted(path.name for path in folder.rglob("*.png")) == sorted(
+        ["good.png", "bad.png", "out.png", "pipe.png"]
+    )
+
+
+@pytest.mark.parametrize("id", ["../up.png", "/tmp/up.png", "a/../../up.png", "", "inner/up.png"])
+def test_nothing_is_written_outside_the_folder(tmp_path, id):
+    source = picture(tmp_path / "source.png")
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "inner").symlink_to(tmp_path)
+    assert quarantine([Rejected(id, "why", f"file:{source}")], kept) == 0
+    assert not (tmp_path / "up.png").exists()
+
+
+def test_a_pipe_put_there_since_the_scan_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(picture(tmp_path / "a.png"))
+    rejected = [Rejected(n, "why", f"file:{tmp_path / n}") for n in ("pipe.png", "link.png", "no")]
+    rejected.append(Rejected("row 3", "why", "row:[]"))
+    assert quarantine(rejected, tmp_path / "kept") == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="quarantine .*on_bad_image=report"):
+        quarantine([], tmp_path / "file" / "kept")
