@@ -81,6 +81,28 @@ class Chart:
     from_zero: bool = True
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """How many fall between two neighbouring `edges` (n + 1); `limit` is drawn as a line."""
+
+    title: str
+    y_label: str
+    x_label: str
+    edges: Sequence[float]
+    counts: Sequence[int]
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A rectangle of this width and height, and a number drawn as a bar beside it."""
+
+    shape: tuple[int, int]
+    label: str
+    number: int
+    note: str = ""
+
+
 def write_report(
     path: Path,
     *,
@@ -163,6 +185,24 @@ def charts(title: str, explanation: str, drawn: Sequence[Chart]) -> str:
     return f'{heading}<div class="cards pairs">{cards}</div>'
 
 
+def histograms(title: str, explanation: str, drawn: Sequence[Histogram]) -> str:
+    """Histograms side by side; nothing where there are none."""
+    cards = "".join(_histogram(each) for each in drawn)
+    return f'{heading(title, explanation)}<div class="cards pairs">{cards}</div>' if cards else ""
+
+
+def shapes(title: str, explanation: str, bars: Sequence[Bar]) -> str:
+    """Rectangles in proportion to each other, each with its bar; nothing where there are none."""
+    longest = max((max(bar.shape) for bar in bars), default=1)
+    most = max((bar.number for bar in bars), default=1)
+    rows = "".join(_shape(bar, 40 / longest, 100 / most) for bar in bars)
+    return f'{heading(title, explanation)}<div class="shapes">{rows}</div>' if rows else ""
+
+
+def heading(title: str, explanation: str = "") -> str:
+    return f"<h2>{escape(title)}</h2>" + (f"<p>{escape(explanation)}</p>" if explanation else "")
+
+
 def embed(picture: Path | np.ndarray) -> str:
     """A picture as a data: address; PNG as it is where small, else a JPEG of at most 512 pixels."""
     from PIL import Image
@@ -219,6 +259,49 @@ def _chart(chart: Chart) -> str:
         f'aria-label="{label}">{rules}{marks}<text x="0" y="11">{escape(chart.y_label)}</text>'
         f'<text class="end" x="{_RIGHT}" y="{_HEIGHT - 3}">{escape(chart.x_label)}</text>'
         f'{paths}</svg><p class="key">{key}</p></article>'
+    )
+
+
+def _histogram(histogram: Histogram) -> str:
+    y_ticks = _ticks(0.0, max(histogram.counts))
+    x_span, y_span = (histogram.edges[0], histogram.edges[-1]), (0.0, y_ticks[-1])
+    if histogram.limit is not None:
+        x_span = (min(x_span[0], histogram.limit), max(x_span[1], histogram.limit))
+    x_ticks = [tick for tick in _ticks(*x_span) if x_span[0] <= tick <= x_span[1]]
+    bars = "".join(
+        f'<path class="bar" d="M{_place(left, x_span, _LEFT, _RIGHT)} {_BOTTOM}'
+        f"V{_place(count, y_span, _BOTTOM, _TOP)}"
+        f'H{_place(right, x_span, _LEFT, _RIGHT)}V{_BOTTOM}z"/>'
+        for left, right, count in zip(
+            histogram.edges, histogram.edges[1:], histogram.counts, strict=False
+        )
+        if count
+    )
+    limit = ""
+    if histogram.limit is not None:
+        at = _place(histogram.limit, x_span, _LEFT, _RIGHT)
+        limit = f'<path class="limit" d="M{at} {_TOP}V{_BOTTOM}"/>'
+    rules = "".join(_y_rule(tick, y_span) for tick in y_ticks)
+    # A number in the middle of the last mark would stand out of the picture.
+    marks = "".join(_x_mark(tick, x_span) for tick in x_ticks if tick < 0.97 * x_span[1])
+    label = escape(f"{histogram.title}: {histogram.y_label} by {histogram.x_label}")
+    return (
+        f'<article><h3>{escape(histogram.title)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'role="img" aria-label="{label}">{rules}{marks}'
+        f'<text x="0" y="11">{escape(histogram.y_label)}</text>'
+        f'<text class="end" x="{_RIGHT}" y="{_HEIGHT - 3}">{escape(histogram.x_label)}</text>'
+        f"{bars}{limit}</svg></article>"
+    )
+
+
+def _shape(bar: Bar, scale: float, share: float) -> str:
+    width, height = (side * scale for side in bar.shape)
+    return (
+        f'<div><svg viewBox="0 0 44 44" role="img" aria-label="{escape(bar.label)}">'
+        f'<rect x="{22 - width / 2:.1f}" y="{22 - height / 2:.1f}" width="{width:.1f}" '
+        f'height="{height:.1f}"/></svg><b>{escape(bar.label)}</b>'
+        f'<span class="track"><i style="width:{bar.number * share:.1f}%"></i></span>'
+        f"<b>{bar.number:,}</b><small>{escape(bar.note)}</small></div>"
     )
 
 
@@ -338,6 +421,36 @@ svg .middle { text-anchor: middle; }
 svg path { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linecap: round;
   stroke-linejoin: round; }
 svg .rule { color: var(--line); stroke-width: 1; }
+svg .bar { color: var(--card); fill: var(--accent); stroke-width: .6; }
+.shapes > div { display: grid; align-items: center; gap: 0 .8rem; padding: .25rem 0;
+  grid-template-columns: 2.75rem 6.5rem minmax(3rem, 1fr) 3.5rem 15rem;
+  font-variant-numeric: tabular-nums; border-bottom: 1px solid var(--line); }
+.shapes svg { width: 2.75rem; height: 2.75rem; }
+.shapes rect { fill: none; stroke: var(--accent); stroke-width: 1.5; }
+.shapes b { font-weight: 500; }
+.shapes .track + b { text-align: right; }
+.track i { display: block; height: .8rem; border-radius: 3px; background: var(--accent); }
+.sheet { display: grid; gap: 1.1rem .8rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(46%, 10rem), 1fr)); }
+.sheet img { width: auto; max-width: 100%; max-height: 15rem; margin: 0 auto; }
+.sheet figcaption { overflow-wrap: anywhere; line-height: 1.35; }
+.sheet .clamp { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+  overflow: hidden; }
+.pair { align-items: start; }
+.pair img { max-height: 13rem; width: auto; max-width: 100%; }
+.reasons { display: grid; gap: .4rem 1rem; }
+.reasons > div { display: grid; grid-template-columns: 4.5rem 1fr; gap: .8rem; align-items: center;
+  border-bottom: 1px solid var(--line); padding: .3rem 0; }
+.reasons > .plain { grid-template-columns: 1fr; }
+.reasons img { width: 4.5rem; max-height: 4.5rem; object-fit: contain; border-radius: 4px; }
+.reasons b { font-weight: 500; overflow-wrap: anywhere; }
+.words { display: flex; flex-wrap: wrap; gap: .35rem; }
+.words span { background: var(--card); border: 1px solid var(--line); border-radius: 999px;
+  padding: .1rem .6rem; font-size: .85rem; }
+.words small { display: inline; margin-left: .35rem; }
+h2 + .words, h2 + .reasons { margin-top: .6rem; }
+details { margin: .6rem 0; }
+details > .reasons { margin-top: .5rem; }
 .main { color: var(--accent); }
 .pale { color: var(--soft); }
 svg .pale { stroke-width: 1; opacity: .55; }
@@ -352,6 +465,8 @@ summary { cursor: pointer; color: var(--soft); }
 pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; padding: .8rem; font-size: .82rem; line-height: 1.45; }
 a { color: var(--accent); }
+@media (max-width: 46rem) { .shapes > div {
+  grid-template-columns: 2.75rem 6rem 1fr 3rem; } .shapes small { grid-column: 2 / -1; } }
 @media (max-width: 34rem) { dl { display: block; } dd { margin: 0 0 .6rem; }
   .verdict { font-size: 1.15rem; }
   th, td { padding: .4rem .5rem; white-space: normal; }

@@ -1,0 +1,414 @@
+"""Makes a clean training set, and a report on it, from any folder of pictures.
+
+    python scripts/prepare.py source=my/pictures output=prepared held_out=0.1 smallest=512
+
+OUTPUT/train and OUTPUT/held-out are ordinary folders for data.path and evaluation.path. Look at
+OUTPUT/report.html first; report.json and pictures.jsonl say the same to a program. The source stays
+as it is. The same command again goes on where it was broken off, and otherwise changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from data import selection, splitting
+from data.buckets import too_small
+from data.checks import caption_statistics, token_counter, warnings
+from data.duplicates import DISTANCE, Match, Prints, matches_between
+from data.files import Progress, whole, write_atomically
+from data.fingerprints import Fingerprints, fingerprints
+from data.images import WHITE
+from data.prepared import publish
+from data.records import Table
+from data.selection import Selection
+from data.sources import Source, quarantine, scan
+from eval import dataset_account as account
+from eval.dataset_report import verdict, write_dataset_report
+from train.config import Cropping, Section, UserError, command, load
+
+INDEX = "index.arrow"
+
+
+class AestheticConfig(Section):
+    head: Path | None = None
+    """The predictor's weights, .safetensors or .pth; without it there is no aesthetic score."""
+    clip: str = "openai/clip-vit-large-patch14"
+    """The CLIP that the predictor was trained on: a folder or hub id."""
+    relu: bool = False
+    """Whether there are rectifiers between its linear layers (LAION's "relu" variants)."""
+    minimum: float | None = 4.5
+    """Pictures with a lower score are left out; null: only reported."""
+
+
+class ClipConfig(Section):
+    model: str | None = None
+    """CLIP folder or hub id; without it the likeness of picture and caption is not measured."""
+    minimum: float | None = Field(None, ge=-1, le=1)
+    """Pictures whose cosine with their caption is lower are left out; models differ in what is
+    usual, so look at the histogram first."""
+
+
+class NsfwConfig(Section):
+    model: str | None = None
+    """Image classifier, a transformers folder or hub id; without it there is no such score."""
+    label: str | None = None
+    """The label that counts; default: the one with "nsfw" in it."""
+    maximum: float | None = Field(0.5, ge=0, le=1)
+    """Pictures with a higher probability are left out; null: only reported."""
+
+
+class PrepareConfig(Cropping):
+    """A clean training set and a report on it (scripts/prepare.py)."""
+
+    source: str
+    """Folder of pictures, as data.path, or a Hugging Face dataset: on disk, or hf:OWNER/NAME."""
+    output: Path
+    """Folder to write; neither inside the source nor around it."""
+    files: Literal["link", "copy", "none"] = "link"
+    """How kept pictures get there: hard links where possible, copies, or not at all (reports
+    only)."""
+    split: str = "train"
+    """As data.split."""
+    revision: str | None = None
+    """As data.revision."""
+    image_column: str | None = None
+    """As data.image_column."""
+    caption_column: str | None = None
+    """As data.caption_column."""
+    caption: str | None = None
+    """As data.caption."""
+    on_bad_image: Literal["report", "quarantine", "abort"] = "report"
+    """As data.on_bad_image; quarantine copies them to OUTPUT/quarantine."""
+    background: tuple[int, int, int] = WHITE
+    """As data.background."""
+    masks: bool = False
+    """As data.masks."""
+    depth: bool = False
+    """As data.depth."""
+    smallest: int | None = Field(None, ge=1)
+    """Pictures with a side of fewer pixels are left out."""
+    max_aspect: float | None = Field(None, ge=1)
+    """Pictures whose long side is more than so many times the short one are left out."""
+    duplicates: Literal["remove", "report", "off"] = "remove"
+    """Of pictures that show the same (also resized, recompressed, mirrored) keep the largest, only
+    report them, or do not look for them."""
+    duplicate_distance: int = Field(DISTANCE, ge=0, le=24)
+    """Bits, of 64, by which the hashes of two such pictures may differ."""
+    against: str | None = None
+    """A held-out set that exists already: pictures that show the same as one there are left out
+    too (with duplicates=remove) or reported."""
+    held_out: float = Field(0.0, ge=0)
+    """Pictures to hold out for evaluation: a share below 1, or a number of pictures."""
+    seed: int = 0
+    """Which pictures are held out."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer, or of a base model, that counts the captions' tokens; without it they
+    are estimated."""
+    max_tokens: Literal[75, 150, 225] = 75
+    """As data.captions.max_tokens: longer captions are listed."""
+    batch_size: int = Field(8, ge=1)
+    """As train.batch_size: for what the report says of small buckets."""
+    aesthetic: AestheticConfig = AestheticConfig()
+    clip: ClipConfig = ClipConfig()
+    nsfw: NsfwConfig = NsfwConfig()
+    score_batch_size: int = Field(32, ge=1)
+    """Pictures scored at once."""
+    device: str | None = None
+    """Where scores are computed; default: cuda where there is one, else cpu."""
+
+    @model_validator(mode="after")
+    def _whole_number(self) -> Self:
+        if self.held_out >= 1 and self.held_out != round(self.held_out):
+            raise ValueError(
+                f"held_out={self.held_out}: a share below 1, or a whole number of pictures"
+            )
+        return self
+
+
+def main(arguments: list[str]) -> None:
+    config = load(PrepareConfig, arguments)
+    refuse_overlap(config)
+    make_folder(config.output)
+    source = read_source(config)
+    table, chosen = source.table, Selection(len(source.table))
+    looked = fingerprints(table, config.output, config.background, reporter("looked at"))
+
+    by_measure(chosen, table, config)
+    groups, matches = by_likeness(chosen, table, looked.prints(), config)
+    leaks = by_leak(chosen, table, looked, config)
+    scores = by_scores(chosen, table, config)
+    held_out = split(chosen, table, groups, config)
+
+    training = np.array([k for k in chosen.left if not held_out[k]], np.int64)
+    report = {
+        "version": account.VERSION,
+        "settings": config.model_dump(mode="json"),
+        "recognised": source.recognised,
+        "notes": source.notes,
+        "counts": account.counts(source, chosen, held_out),
+        "rejected": account.rejected(source),
+        "removed": account.removed(chosen, table),
+        "duplicates": account.duplicates(table, matches, removed=config.duplicates == "remove"),
+        "against": leaks,
+        "oddities": account.oddities(looked, table),
+        "scores": account.scores_account(scores, limits(config)),
+        **account.geometry(table, training, config, batch_size=config.batch_size),
+        "captions": captions(chosen, table, config),
+    }
+    report["warnings"] = warnings(report)
+    write(report, chosen, table, held_out, scores, config)
+    tell(report, config)
+
+
+# Reading -------------------------------------------------------------------------------------
+
+
+def refuse_overlap(config: PrepareConfig) -> None:
+    """Nothing of the source is touched, and nothing written is taken for a source."""
+    output = config.output.resolve()
+    for key, text in (("source", config.source), ("against", config.against)):
+        path = Path(text or "").resolve()
+        if text is None or text.startswith("hf:"):
+            continue
+        if key == "source" and not path.exists():
+            raise UserError(f"source={text} does not exist: give the folder of pictures")
+        if path == output or output in path.parents or path in output.parents:
+            raise UserError(f"{key}={text} and output={config.output} overlap: give another output")
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"output={folder} cannot be written ({error.strerror or error})") from error
+
+
+def read_source(config: PrepareConfig) -> Source:
+    try:
+        source = scan(
+            config.source,
+            index=config.output / INDEX,
+            caption=config.caption,
+            on_bad="abort" if config.on_bad_image == "abort" else "report",
+            masks=config.masks,
+            depth=config.depth,
+            split=config.split,
+            revision=config.revision,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            progress=reporter("read"),
+        )
+    except UserError as error:
+        raise UserError(_own_keys(str(error))) from None
+    rejected = [replace(bad, reason=_own_keys(bad.reason)) for bad in source.rejected]
+    notes = [note for note in source.notes if not note.startswith("left out")]
+    source = replace(source, rejected=rejected, notes=notes)
+    if config.on_bad_image == "quarantine":
+        quarantine(source.rejected, config.output / "quarantine")
+    return source
+
+
+def _own_keys(text: str) -> str:
+    """What a message calls data.caption is caption here, and data.path is source."""
+    text = re.sub(r"\bdata\.path=", "source=", text)
+    return re.sub(r"\bdata\.(?=(caption|on_bad_image)\b)", "", text)
+
+
+def reporter(what: str) -> Progress:
+    """Progress on stderr, where a person watches, a few times a second."""
+    last = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if sys.stderr.isatty() and (now - last > 0.3 or done == total):
+            last = now
+            print(f"\r{what}: {done:,} of {total:,}", end="\n" if done == total else "", flush=True,
+                  file=sys.stderr)  # fmt: skip
+
+    return report
+
+
+# Choosing ------------------------------------------------------------------------------------
+
+
+def by_measure(chosen: Selection, table: Table, config: PrepareConfig) -> None:
+    selection.by_size(
+        chosen,
+        table.widths,
+        table.heights,
+        smallest=config.smallest,
+        max_aspect=config.max_aspect,
+    )
+    if not config.upscale:
+        for k in np.flatnonzero(too_small(table.widths, table.heights, config.bucket_step)):
+            chosen.remove(k, "upscale", f"smaller than a bucket_step of {config.bucket_step}")
+
+
+def by_likeness(
+    chosen: Selection, table: Table, prints: Prints, config: PrepareConfig
+) -> tuple[np.ndarray, list[Match]]:
+    """The group of every picture (n,), for the split; and the duplicates."""
+    _, groups = np.unique(np.array(table.column("sha256")), return_inverse=True)
+    if config.duplicates == "off":
+        return groups, []
+    left = chosen.left
+    labels, matches = selection.find_duplicates(
+        table,
+        prints,
+        left,
+        distance=config.duplicate_distance,
+        default=config.caption,
+        progress=reporter("compared"),
+    )
+    groups[left] = left[labels] + len(table)  # numbers that no group of bytes has
+    if config.duplicates == "remove":
+        for match in matches:
+            kept, copy = table[match.kept], table[match.index]
+            alike = selection.how_alike(match, exact=kept.sha256 == copy.sha256)
+            chosen.remove(match.index, "duplicates", f"shows the same as {kept.id} ({alike})")
+    return groups, matches
+
+
+def by_leak(
+    chosen: Selection, table: Table, looked: Fingerprints, config: PrepareConfig
+) -> dict[str, Any] | None:
+    """What is also in the held-out set that exists."""
+    if config.against is None:
+        return None
+    other = scan(config.against, on_bad="report", caption="", progress=reporter("read")).table
+    seen = fingerprints(other, config.output, config.background, reporter("looked at"))
+    left, remove = chosen.left, config.duplicates == "remove"
+    theirs = np.arange(len(other)) + len(table)
+    matches = matches_between(looked.union(seen), left, theirs, distance=config.duplicate_distance)
+    rows = []
+    for match in matches:
+        like = other[match.kept - len(table)].id
+        rows.append({"id": table[match.index].id, "like": like, "mirrored": match.mirrored})
+        if remove:
+            chosen.remove(match.index, "against", f"shows the same as {like} in {config.against}")
+    return {"path": config.against, "removed": remove, "matches": rows}
+
+
+def by_scores(chosen: Selection, table: Table, config: PrepareConfig) -> dict[str, Any]:
+    """Each score's values (n,), nan where a picture was left out before."""
+    if not (config.aesthetic.head or config.clip.model or config.nsfw.model):
+        return {}
+    from eval.picture_scores import score_all
+
+    left = chosen.left
+    found = score_all(
+        table.take(left),
+        scorers(config),
+        config.output,
+        background=config.background,
+        batch_size=config.score_batch_size,
+        progress=reporter("scored"),
+    )
+    scores = {}
+    for name, values in found.items():
+        limit = limits(config)[name]
+        if limit is not None:
+            selection.by_score(chosen, name, values, left, limit=limit, above=name != "nsfw")
+        scores[name] = np.full(len(table), np.nan)
+        scores[name][left] = values
+    return scores
+
+
+def limits(config: PrepareConfig) -> dict[str, float | None]:
+    """The least or, of nsfw, the most that a picture may score."""
+    return {
+        "aesthetic": config.aesthetic.minimum,
+        "clip": config.clip.minimum,
+        "nsfw": config.nsfw.maximum,
+    }
+
+
+def scorers(config: PrepareConfig) -> list[Any]:
+    import torch
+
+    from eval.features import load_extractor
+    from eval.picture_scores import Aesthetic, CaptionLikeness, Nsfw
+
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    extractors = {
+        path: load_extractor(path, device=device)
+        for path in {config.aesthetic.clip if config.aesthetic.head else None, config.clip.model}
+        if path is not None
+    }
+    found: list[Any] = []
+    if config.aesthetic.head:
+        clip = extractors[config.aesthetic.clip]
+        found.append(Aesthetic(clip, config.aesthetic.head, relu=config.aesthetic.relu))
+    if config.clip.model:
+        found.append(CaptionLikeness(extractors[config.clip.model]))
+    if config.nsfw.model:
+        found.append(Nsfw(config.nsfw.model, label=config.nsfw.label, device=device))
+    return found
+
+
+def split(chosen: Selection, table: Table, groups: np.ndarray, config: PrepareConfig) -> np.ndarray:
+    """Which pictures of all (n,) are held out."""
+    held_out, left = np.zeros(len(table), bool), chosen.left
+    if config.held_out and len(left):
+        hashes = np.array(table.column("sha256"))[left]
+        held_out[left] = splitting.hold_out(
+            hashes.tolist(), groups[left], wanted=config.held_out, seed=config.seed
+        )
+    return held_out
+
+
+def captions(chosen: Selection, table: Table, config: PrepareConfig) -> dict[str, Any]:
+    found = caption_statistics(
+        table.take(chosen.left), token_counter(config.tokenizer), max_tokens=config.max_tokens
+    )
+    return found | {"exact": config.tokenizer is not None}
+
+
+# Writing --------------------------------------------------------------------------------------
+
+
+def write(
+    report: dict[str, Any],
+    chosen: Selection,
+    table: Table,
+    held_out: np.ndarray,
+    scores: dict[str, np.ndarray],
+    config: PrepareConfig,
+) -> None:
+    left = chosen.left
+    if config.files != "none":
+        sets = {"train": table.take(left[~held_out[left]])}
+        if config.held_out:
+            sets["held-out"] = table.take(left[held_out[left]])
+        publish(config.output, sets, how=config.files, progress=reporter("written"))
+    with whole(config.output / "pictures.jsonl") as file:
+        for row in account.picture_rows(chosen, table, held_out, scores, config):
+            file.write(json.dumps(row).encode("ascii") + b"\n")
+    content = json.dumps(report, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    write_atomically(config.output / "report.json", content)
+    write_dataset_report(config.output / "report.html", report, table)
+
+
+def tell(report: dict[str, Any], config: PrepareConfig) -> None:
+    print(verdict(report))
+    for warning in report["warnings"]:
+        print(f"- {warning['text']}")
+    print(f"report: {config.output / 'report.html'}")
+    if not report["counts"]["train"]:
+        raise UserError("no picture is left to train on; the report says why")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,304 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from test_duplicates import photo
+from tiny import tiny_clip, tiny_tokenizer
+
+from data.records import Record
+from data.sources import scan
+from scripts.prepare import main
+from train.config import UserError
+
+
+def save(folder: Path, name: str, image: Image.Image, caption: str | None = "a cloud", **options):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    for number in range(12):
+        save(folder, f"sub/{number:02d}.jpg", photo(number), f"cloud number {number}")
+    return folder
+
+
+@pytest.fixture
+def troubled(source):
+    """Every kind of problem that a folder of somebody's own has."""
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    save(source, "sideways.jpg", photo(20), exif=orientation)
+    good = (source / "sub/00.jpg").read_bytes()
+    for name, content in {
+        "truncated": good[: len(good) // 2],
+        "empty": b"",
+        "text": b"hello",
+    }.items():
+        (source / f"{name}.jpg").write_bytes(content)
+        (source / f"{name}.txt").write_text("a cloud")
+    save(source, "print.jpg", photo(21).convert("CMYK"))
+    save(source, "small-copy.jpg", photo(1).resize((128, 96)), quality=60)
+    save(source, "mirrored.png", ImageOps.mirror(photo(2)).resize((200, 150)), "cloud number 2")
+    shutil.copy(source / "sub/03.jpg", source / "sub/same.jpg")
+    (source / "sub/same.txt").write_text("cloud number 3")
+    save(source, "tiny.png", photo(22, (40, 40)))
+    save(source, "panorama.jpg", photo(23, (600, 100)))
+    save(source, "speechless.jpg", photo(24), None)
+    save(source, "wordy.jpg", photo(25), "many " * 80)
+    save(source, "latin.jpg", photo(26), None)
+    (source / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    see_through = photo(27).convert("RGBA")
+    see_through.putalpha(Image.new("L", see_through.size, 128))
+    save(source, "see-through.png", see_through)
+    os.mkfifo(source / "pipe.jpg")
+    (source / "link.jpg").symlink_to("/etc/hostname")
+    return source
+
+
+def prepare(source: Path | str, output: Path, *more: str) -> dict:
+    main([f"source={source}", f"output={output}", "resolution=192", *more])
+    return json.loads((output / "report.json").read_text())
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def everything_named(report: dict) -> dict[str, str]:
+    named = {bad["id"]: bad["reason"] for bad in report["rejected"]}
+    for by, rows in report["removed"].items():
+        named |= {row["id"]: f"{by}: {row['reason']}" for row in rows}
+    for kind, odd in report["oddities"].items():
+        named |= {name: kind for name in odd["ids"]}
+    return named | {cut["id"]: "too many tokens" for cut in report["captions"]["longest_cut"]}
+
+
+def test_every_problem_of_a_real_folder_is_named_and_the_source_is_untouched(troubled, tmp_path):
+    before = tree(troubled)
+    output = tmp_path / "out"
+    report = prepare(troubled, output, "smallest=64", "max_aspect=3")
+    expected = {
+        "sideways.jpg": "sideways",
+        "truncated.jpg": "truncated",
+        "empty.jpg": "is empty",
+        "text.jpg": "not a picture",
+        "print.jpg": "cmyk",
+        "small-copy.jpg": "shows the same as sub/01.jpg",
+        "mirrored.png": "shows the same as sub/02.jpg (mirrored",
+        "sub/same.jpg": "the same file",
+        "tiny.png": "40 x 40 pixels, a side under 64",
+        "panorama.jpg": "6 to 1, over 3 to 1",
+        "speechless.jpg": "has no caption: write one, or set caption",
+        "wordy.jpg": "too many tokens",
+        "latin.jpg": "not UTF-8",
+        "see-through.png": "transparent",
+        "pipe.jpg": "not a regular file",
+        "link.jpg": "outside",
+    }
+    named = everything_named(report)
+    assert {
+        name: named.get(name, "") for name in expected if expected[name] not in named[name]
+    } == {}
+    assert named.keys() == expected.keys()
+    page = (output / "report.html").read_text()
+    assert all(name in page for name in expected)
+    assert tree(troubled) == before
+
+
+def test_the_result_is_an_ordinary_folder_of_the_kept_pictures(troubled, tmp_path):
+    report = prepare(troubled, tmp_path / "out", "held_out=3", "smallest=64")
+    train, held_out = (scan(tmp_path / "out" / name) for name in ("train", "held-out"))
+    assert len(train.table) == report["counts"]["train"]
+    assert len(held_out.table) == 3 == report["counts"]["held_out"]
+    rows = [json.loads(line) for line in (tmp_path / "out/pictures.jsonl").open()]
+    for name, found in (("train", train), ("held-out", held_out)):
+        assert {row["id"] for row in rows if row.get("set") == name} == set(
+            found.table.column("id")
+        )
+    original = {record.id: record for record in scan(troubled, on_bad="report").table}
+    for record in (*train.table, *held_out.table):
+        assert (record.sha256, record.captions) == (
+            original[record.id].sha256,
+            original[record.id].captions,
+        )
+        assert os.path.samefile(record.path, original[record.id].path)
+
+
+def test_masks_depth_focus_and_several_captions_are_carried_along(source, tmp_path):
+    picture = source / "sub/04.jpg"
+    Image.new("L", (256, 192), 255).save(source / "sub/04.mask.png")
+    for number in range(12):
+        Image.new("L", (256, 192), number).save(source / f"sub/{number:02d}.depth.png")
+    picture.with_suffix(".txt").write_text("one caption\nanother one\n")
+    (source / "sub/04.focus.json").write_text('{"x": 0.25, "y": 0.75}')
+    (source / "masks").mkdir()
+    save(source / "masks", "carnival.jpg", photo(30))
+    Image.new("L", (256, 192), 30).save(source / "masks/carnival.depth.png")
+    prepare(source, tmp_path / "out", "masks=true", "depth=true", "files=copy", "crop=focus")
+    found = scan(tmp_path / "out/train", masks=True, depth=True).table
+    record: Record = next(record for record in found if record.id == "sub/04.jpg")
+    assert record.captions == ("one caption", "another one")
+    assert record.focus == (0.25, 0.75)
+    assert Path(record.mask).read_bytes() == (source / "sub/04.mask.png").read_bytes()
+    assert Path(record.depth).read_bytes() == (source / "sub/04.depth.png").read_bytes()
+    assert not os.path.samefile(record.path, picture)
+    assert len(found) == 13 and all(record.depth for record in found)
+
+
+def test_the_same_command_again_changes_nothing(troubled, tmp_path):
+    prepare(troubled, tmp_path / "out", "held_out=0.3")
+    before = tree(tmp_path / "out")
+    prepare(troubled, tmp_path / "out", "held_out=0.3")
+    after = tree(tmp_path / "out")
+    assert {name: content for name, (_, content) in before.items()} == {
+        name: content for name, (_, content) in after.items()
+    }
+    pictures = [name for name in before if name.endswith((".jpg", ".png"))]
+    assert pictures and all(before[name][0] == after[name][0] for name in pictures)
+
+
+def test_what_is_no_longer_chosen_goes_and_what_others_put_there_stays(source, tmp_path):
+    output = tmp_path / "out"
+    prepare(source, output)
+    (output / "train/mine.txt").write_text("mine")
+    (source / "sub/00.jpg").unlink()
+    save(source, "sub/new.jpg", photo(40))
+    prepare(source, output)
+    names = {path.name for path in (output / "train").rglob("*") if path.is_file()}
+    expected = {f"{number:02d}.jpg" for number in range(1, 12)}
+    assert names == expected | {"new.jpg", "mine.txt", "metadata.jsonl"}
+    # A file that nobody here wrote is never overwritten.
+    save(source, "sub/other.jpg", photo(41))
+    (output / "train/sub/other.jpg").write_bytes(b"precious")
+    with pytest.raises(UserError, match="train/sub/other.jpg, which this command did not put"):
+        prepare(source, output)
+    assert (output / "train/sub/other.jpg").read_bytes() == b"precious"
+
+
+def test_a_run_that_was_broken_off_goes_on(source, tmp_path, monkeypatch):
+    import data.prepared
+
+    put, count = data.prepared._put, 0
+
+    def failing(*arguments):
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise KeyboardInterrupt
+        put(*arguments)
+
+    monkeypatch.setattr(data.prepared, "_put", failing)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tmp_path / "out")
+    assert len(list((tmp_path / "out/train").rglob("*.jpg"))) == 5
+    monkeypatch.undo()
+    prepare(source, tmp_path / "out")
+    assert len(scan(tmp_path / "out/train").table) == 12
+
+
+def test_a_held_out_set_that_exists_is_kept_apart(source, tmp_path):
+    save(tmp_path / "held", "first.png", ImageOps.mirror(photo(5)).resize((128, 96)), None)
+    against = f"against={tmp_path / 'held'}"
+    report = prepare(source, tmp_path / "out", against, "duplicates=report")
+    assert "held shows, so an evaluation" in report["warnings"][0]["text"]
+    assert report["counts"]["train"] == 12
+    report = prepare(source, tmp_path / "out", against)
+    assert [row["id"] for row in report["removed"]["against"]] == ["sub/05.jpg"]
+    assert not (tmp_path / "out/train/sub/05.jpg").exists()
+
+
+def test_near_duplicates_are_held_out_together(source, tmp_path):
+    for number in range(6):
+        save(source, f"copy-{number}.jpg", photo(number).resize((128, 96)))
+    for seed in range(3):
+        prepare(source, tmp_path / "out", "held_out=0.5", "duplicates=report", f"seed={seed}")
+        rows = (tmp_path / "out/pictures.jsonl").read_text().splitlines()
+        sets = {row["id"]: row["set"] for row in map(json.loads, rows)}
+        assert len(set(sets.values())) == 2
+        assert all(sets[f"copy-{n}.jpg"] == sets[f"sub/{n:02d}.jpg"] for n in range(6))
+
+
+def test_scores_choose_and_are_reported(source, tmp_path):
+    clip = tiny_clip(tmp_path / "clip")
+    options = [f"clip.model={clip}", "files=none", "score_batch_size=5"]
+    report = prepare(source, tmp_path / "out", *options)
+    median = report["scores"]["clip"]["median"]
+    assert sum(report["scores"]["clip"]["pictures"]) == 12
+    report = prepare(source, tmp_path / "out", *options, f"clip.minimum={median}")
+    assert report["counts"]["removed"] == {"clip": 6}
+    assert "under" in report["removed"]["clip"][0]["reason"]
+    assert not (tmp_path / "out/train").exists()
+
+
+def test_tokens_are_counted_by_the_tokenizer_that_is_given(source, tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "base/tokenizer")
+    save(source, "long.jpg", photo(50), "x" * 90)
+    report = prepare(source, tmp_path / "out", f"tokenizer={tmp_path / 'base'}", "files=none")
+    assert [cut["id"] for cut in report["captions"]["longest_cut"]] == ["long.jpg"]
+    estimated = prepare(source, tmp_path / "out", "files=none")
+    assert estimated["captions"]["cut"] == 0 and not estimated["captions"]["exact"]
+
+
+def test_small_pictures_are_left_out_where_none_may_be_enlarged(source, tmp_path):
+    save(source, "small.png", photo(60, (60, 60)))
+    report = prepare(source, tmp_path / "out", "upscale=false", "files=none")
+    assert [row["id"] for row in report["removed"]["upscale"]] == ["small.png"]
+    assert report["geometry"]["enlarged"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["source={0}/source", "output={0}/source/out"], "overlap"),
+        (["source={0}/source/sub", "output={0}/source"], "overlap"),
+        (["source={0}/none", "output={0}/out"], "source={0}/none does not exist"),
+        (["source={0}/source", "output={0}/out", "held_out=1.5"], "a whole number"),
+        (["source={0}/source", "output={0}/out", "held_out=12"], "none to train on"),
+        (["source={0}/source", "output={0}/out", "tokenizer={0}"], "no vocab.json"),
+        (["source={0}/source", "output={0}/out", "smalest=3"], "did you mean 'smallest'"),
+        (["source={0}/source", "output={0}/out", "smallest=999"], "no picture is left"),
+    ],
+)
+def test_mistakes_are_answered_with_a_remedy(source, tmp_path, options, message):
+    with pytest.raises(UserError) as error:
+        main([option.format(tmp_path) for option in options])
+    assert message.format(tmp_path) in str(error.value)
+
+
+def test_bad_pictures_abort_or_are_put_aside_where_that_is_asked_for(source, tmp_path):
+    (source / "empty.jpg").write_bytes(b"")
+    (source / "empty.txt").write_text("x")
+    (source / "text.jpg").write_text("hello")
+    (source / "text.txt").write_text("x")
+    with pytest.raises(UserError, match="on_bad_image=report"):
+        prepare(source, tmp_path / "out", "on_bad_image=abort")
+    prepare(source, tmp_path / "out", "on_bad_image=quarantine")
+    assert (tmp_path / "out/quarantine/text.jpg").read_text() == "hello"
+
+
+def test_rows_of_a_dataset_become_files_of_their_kind(tmp_path):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageColumn
+
+    rows = {"image": [photo(number) for number in range(3)], "text": ["a", "b", "c"]}
+    features = Features({"image": ImageColumn(), "text": Value("string")})
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "rows")
+    prepare(tmp_path / "rows", tmp_path / "out")
+    found = scan(tmp_path / "out/train").table
+    assert sorted(record.captions[0] for record in found) == ["a", "b", "c"]
+    pixels = {np.asarray(Image.open(record.path).convert("RGB")).tobytes() for record in found}
+    assert pixels == {np.asarray(photo(number)).tobytes() for number in range(3)}
