@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 
 Size = tuple[int, int]
-_KEY = "sd-atelier"
+KEY = "sd-atelier"
+
+
+class NotFinite(FloatingPointError):
+    """A picture whose pixels are not numbers; `what` says which, without the remedy."""
+
+    def __init__(self, prompt: str, seed: int) -> None:
+        self.what = f"the picture of {prompt!r} with seed {seed} came out not finite"
+        super().__init__(f"{self.what}: run with train.mixed_precision=no")
 
 
 def generate(
@@ -75,7 +83,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     try:
         with Image.open(path) as image:
             image.load()
-            return json.loads(image.info[_KEY])
+            return json.loads(image.info[KEY])
     except (OSError, KeyError, SyntaxError, ValueError):
         return None
 
@@ -115,10 +123,9 @@ def _sample(pipeline: Any, batch: list[dict[str, Any]]) -> np.ndarray:
         generator=[torch.Generator("cpu").manual_seed(item["seed"]) for item in batch],
         output_type="np",
     ).images  # (B, H, W, 3)
-    if not np.isfinite(images).all():
-        raise FloatingPointError(
-            f"a picture of {first['prompt']!r} is not finite: run with train.mixed_precision=no"
-        )
+    for item, image in zip(batch, images, strict=True):
+        if not np.isfinite(image).all():
+            raise NotFinite(item["prompt"], item["seed"])
     return to_uint8(images)
 
 
@@ -136,7 +143,7 @@ def _write_png(path: Path, pixels: np.ndarray, settings: dict[str, Any]) -> None
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    info.add_text(_KEY, json.dumps(settings, sort_keys=True))
+    info.add_text(KEY, json.dumps(settings, sort_keys=True))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)

@@ -8,8 +8,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from eval.sampling import SCHEDULERS, size_of
 from scripts import generate
-from scripts.generate import SCHEDULERS, GenerateConfig
+from scripts.generate import GenerateConfig
 from tests.tiny import tiny_pipeline
 from train import adapters, export
 from train.config import ROOT, LoraConfig, UserError, load
@@ -128,11 +129,11 @@ def test_an_unknown_size_is_asked_for_and_a_known_one_used(base, tmp_path):
     pipeline = tiny_pipeline()
     arguments = [f"model.path={base}", f"output={tmp_path}", "prompt=x"]
     with pytest.raises(UserError, match="width= and height="):
-        generate._size(pipeline, load(GenerateConfig, arguments))
+        size_of(pipeline, load(GenerateConfig, arguments))
     pipeline.unet.register_to_config(sample_size=96)
-    assert generate._size(pipeline, load(GenerateConfig, arguments)) == (768, 768)
+    assert size_of(pipeline, load(GenerateConfig, arguments)) == (768, 768)
     wide = load(GenerateConfig, [*arguments, "width=1024"])
-    assert generate._size(pipeline, wide) == (1024, 768)
+    assert size_of(pipeline, wide) == (1024, 768)
 
 
 def test_a_wrong_adapter_is_refused_before_anything_is_loaded(make, adapter, tmp_path, monkeypatch):
