@@ -1,155 +1,208 @@
 """The training set as a function of the step: which samples, with which noise, for which process.
 
-A batch is defined globally: `batch_size` pictures of one bucket per optimizer step, whatever the
-number of processes. Everything random comes from `data.counter`, so a run resumed at step k, or
-spread over more processes or workers, trains on exactly the same numbers.
+Which pictures a step has is `data.order`'s to say, for all processes together. Everything random
+comes from `data.counter`, so a run resumed at step k, or spread over more processes or workers,
+trains on exactly the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data import counter
-from data.cache import EMBEDDINGS, FLIPPED, MOMENTS, TensorCache
-from data.images import Size
-from data.sources import Record
+from data.cache import DEPTH, EMBEDDINGS, FLIPPED, MASK, MOMENTS
+from data.order import Order, share
+from data.records import Record
 from train.config import UserError
+
+if TYPE_CHECKING:
+    from data.store import TensorStore
+    from data.wording import Wording
 
 Batch = dict[str, Any]  # tensors (B, ...) and "ids", a list of B names
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in diffusers' DiagonalGaussianDistribution
+
+
+class Keys(Protocol):
+    """Which cache entries a picture has (`data.cache.LatentKeys`)."""
+
+    def keys(self, index: int, record: Record | None = None) -> list[str]: ...
+
+
+class _Seen(NamedTuple):
+    """A record at one step."""
+
+    row: int
+    record: Record
+    purpose: tuple[int | str, ...]  # what its randomness is drawn for
+    caption: str
 
 
 @dataclass(kw_only=True)
 class TrainingSet:
     """What is trained on, and with which randomness.
 
-    Captions come as embeddings from the cache where `embedding_keys` is given (caption to key, ""
-    included), else as the ids (B, L) that `tokenize` makes of them, for a text encoder in training.
+    Captions come as embeddings from the store where `embedding_key` is given, else as the ids that
+    `tokenize` makes of them, for a text encoder in training.
     """
 
     records: Sequence[Record]
-    sizes: Sequence[Size]  # the bucket of each record, in pixels
-    cache: TensorCache
-    latent_keys: Sequence[str]  # of each record
+    order: Order
+    wordings: Sequence[Wording]
+    """What becomes of the captions of each source."""
+    store: TensorStore
+    latent_keys: Keys
     seed: int
-    batch_size: int  # images per optimizer step, over all processes
-    scaling_factor: float  # the VAE's
+    scaling_factor: float
+    """The VAE's."""
     num_train_timesteps: int
-    embedding_keys: Mapping[str, str] | None = None
+    sources: np.ndarray | None = None
+    """Which source each record is from, (n,); None where there is one."""
+    embedding_key: Callable[[str], str] | None = None
+    """From a caption to the key of its embeddings (77 k, D), k windows of 77 tokens; "" has one."""
     tokenize: Callable[[list[str]], torch.Tensor] | None = None
-    flip: bool = False  # mirror half of the pictures, drawn anew at every step
-    caption_dropout: float = 0.0  # share of captions replaced by "", from 0 to 1
-    _plan: tuple[int, list[list[int]]] = field(default=(-1, []), init=False, repr=False)
+    """From B captions to ids (B, 77 k), int64, k the most windows that any of them needs."""
+    flip: bool = False
+    """Mirror half of the pictures, drawn anew at every step."""
+    masks: bool = False
+    """Give every sample a mask, of ones where the picture has none."""
+    caption_dropout: float = 0.0
+    """Share of captions replaced by "", from 0 to 1."""
 
     def __post_init__(self) -> None:
-        assert len(self.records) == len(self.sizes) == len(self.latent_keys) > 0
-        assert len({record.id for record in self.records}) == len(self.records)
-        assert (self.embedding_keys is None) != (self.tokenize is None)
-        assert self.batch_size > 0
-        self._buckets: dict[Size, list[int]] = {}
-        for index in sorted(range(len(self.sizes)), key=lambda index: self.sizes[index]):
-            self._buckets.setdefault(self.sizes[index], []).append(index)
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Optimizer steps per epoch, the same for every epoch and any number of processes."""
-        return sum(-(-len(inside) // self.batch_size) for inside in self._buckets.values())
-
-    def position(self, step: int) -> tuple[int, int]:
-        """(epoch, batch within it) of an optimizer step; all count from 0."""
-        return divmod(step, self.batches_per_epoch)
-
-    def epoch_plan(self, epoch: int) -> list[list[int]]:
-        """The epoch's global batches, as indices of records: a function of (seed, epoch).
-
-        Every picture once; each batch from one bucket. The last batch of a bucket may be short.
-        """
-        if self._plan[0] != epoch:
-            self._plan = (epoch, self._shuffled(epoch))
-        return self._plan[1]
-
-    def _shuffled(self, epoch: int) -> list[list[int]]:
-        order = counter.generator(self.seed, "order", epoch)
-        batches = []
-        for inside in self._buckets.values():
-            shuffled = [inside[position] for position in order.permutation(len(inside))]
-            for start in range(0, len(shuffled), self.batch_size):
-                batches.append(shuffled[start : start + self.batch_size])
-        return [batches[position] for position in order.permutation(len(batches))]
-
-    def sample(self, step: int, index: int) -> dict[str, Any]:
-        """One record as it is trained on at one step.
-
-        "latents" and "noise" (C, h, w) and "prompt_embeds" (L, D), all float32, or "input_ids"
-        (L,); "timestep" int64; "id". Raises UserError where the cache lacks the entry.
-        """
-        purpose = (step, self.records[index].id)
-        latents = self._latents(index, purpose)
-        return {
-            "id": self.records[index].id,
-            "latents": latents,
-            "noise": torch.from_numpy(counter.normal(latents.shape, self.seed, "noise", *purpose)),
-            "timestep": counter.integer(self.num_train_timesteps, self.seed, "timestep", *purpose),
-            **self._text(index, purpose),
-        }
-
-    def _latents(self, index: int, purpose: tuple[int, str]) -> torch.Tensor:
-        mirrored = self.flip and counter.uniform(self.seed, "flip", *purpose) < 0.5
-        moments = self._cached(self.latent_keys[index], FLIPPED if mirrored else MOMENTS)
-        mean, log_variance = moments.float().chunk(2)  # (C, h, w) each
-        deviation = (0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)).exp()
-        normal = torch.from_numpy(counter.normal(mean.shape, self.seed, "latent", *purpose))
-        return (mean + deviation * normal) * self.scaling_factor
-
-    def _text(self, index: int, purpose: tuple[int, str]) -> dict[str, torch.Tensor]:
-        dropped = counter.uniform(self.seed, "caption", *purpose) < self.caption_dropout
-        caption = "" if dropped else self.records[index].caption
-        if self.embedding_keys is not None:
-            return {"prompt_embeds": self._cached(self.embedding_keys[caption], EMBEDDINGS).float()}
-        assert self.tokenize is not None
-        return {"input_ids": self.tokenize([caption])[0]}
-
-    def _cached(self, key: str, name: str) -> torch.Tensor:
-        tensors = self.cache.get(key)
-        if tensors is None or name not in tensors:
-            raise UserError(
-                f"the cache entry {self.cache.path(key)} is missing or damaged: run the command "
-                "again, and it will be encoded anew"
-            )
-        return tensors[name]
-
-    def share(self, step: int, *, rank: int, world: int, micro_batch_size: int) -> list[Batch]:
-        """The micro-batches of process `rank` of `world` at one step.
-
-        Each has the stacked tensors of `sample`, "ids", and "weight" (B,): the sum of loss x weight
-        over all micro-batches of all processes is the mean over the global batch. Where that does
-        not divide by `world`, some of its samples stand twice, the second time with weight 0, so
-        that all processes have the same number of micro-batches of the same shapes.
-        """
-        return cut(self.gather(step, rank=rank, world=world), micro_batch_size)
+        assert len(self.records) > 0
+        assert (self.embedding_key is None) != (self.tokenize is None)
+        assert self.sources is not None or len(self.wordings) == 1
 
     def gather(self, step: int, *, rank: int, world: int) -> Batch:
-        """All that `share` cuts into micro-batches, as one batch."""
-        epoch, position = self.position(step)
-        real = self.epoch_plan(epoch)[position]
-        padding = -len(real) % world
-        weighted = [(index, 1 / len(real)) for index in real]
-        weighted += [(real[extra % len(real)], 0.0) for extra in range(padding)]
-        mine = weighted[rank::world]
-        return _stack([self.sample(step, index) for index, _ in mine], [w for _, w in mine])
+        """All that process `rank` of `world` does at one step.
+
+        What `sample` says, stacked, with "ids" and "weight" (B,): the sum of loss x weight over all
+        processes is the mean over the global batch. Where that does not divide by `world`, some of
+        its samples stand twice, the second time with weight 0, so that all processes have as many.
+        Captions are as long as the longest of the global batch.
+        """
+        seen = [
+            self._seen(step, int(index), int(repeat))
+            for index, repeat in zip(*self.order.batch(step), strict=True)
+        ]
+        positions, weights = share(len(seen), rank=rank, world=world)
+        batch = _stack([self._picture(seen[position]) for position in positions])
+        batch |= self._text([one.caption for one in seen], positions)
+        ids = [seen[position].record.id for position in positions]
+        return batch | {"weight": torch.from_numpy(weights), "ids": ids}
+
+    def sample(self, step: int, index: int, repeat: int = 0) -> dict[str, Any]:
+        """One record as it is trained on at one step, having been there `repeat` times in its
+        epoch.
+
+        "latents" and "noise" (C, h, w) and "prompt_embeds" (L, D), all float32, or "input_ids"
+        (L,); "timestep" and "source" int64; "mask" (1, h, w) from 0 to 1 if there are `masks`, and
+        "depth" (1, h, w) from -1 to 1 where the record has one. Raises UserError where the cache
+        lacks any of it.
+        """
+        seen = self._seen(step, index, repeat)
+        text = self._text([seen.caption], [0])
+        return self._picture(seen) | {name: values[0] for name, values in text.items()}
+
+    def _seen(self, step: int, index: int, repeat: int) -> _Seen:
+        record = self.records[index]
+        purpose = (step, record.id, repeat) if repeat else (step, record.id)
+        if counter.uniform(self.seed, "caption", *purpose) < self.caption_dropout:
+            return _Seen(index, record, purpose, "")
+        epoch, _ = self.order.position(step)
+        caption = self.wordings[self._source(index)].caption(
+            record.captions, seed=self.seed, epoch=epoch, id=record.id, repeat=repeat
+        )
+        return _Seen(index, record, purpose, caption)
+
+    def _source(self, index: int) -> int:
+        return 0 if self.sources is None else int(self.sources[index])
+
+    def _picture(self, seen: _Seen) -> dict[str, Any]:
+        timestep = counter.integer(self.num_train_timesteps, self.seed, "timestep", *seen.purpose)
+        latents, beside = self._latents(seen)
+        noise = counter.normal(latents.shape, self.seed, "noise", *seen.purpose)
+        facts = {"timestep": timestep, "source": self._source(seen.row)}
+        return {"latents": latents, "noise": torch.from_numpy(noise), **facts, **beside}
+
+    def _latents(self, seen: _Seen) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The latents (C, h, w), drawn and scaled, and what lies beside them (1, h, w)."""
+        keys = self.latent_keys.keys(seen.row, seen.record)
+        crop = counter.integer(len(keys), self.seed, "crop", *seen.purpose) if keys[1:] else 0
+        mirrored = self.flip and counter.uniform(self.seed, "flip", *seen.purpose) < 0.5
+        moments = FLIPPED if mirrored else MOMENTS
+        wanted = {moments}
+        wanted |= {MASK} if self.masks and seen.record.mask_sha256 is not None else set()
+        wanted |= {DEPTH} if seen.record.depth_sha256 is not None else set()
+        tensors = self._cached(keys[crop], wanted, seen.record.id)
+        latents = self._drawn(tensors.pop(moments), seen)
+        beside = {name: tensor.flip(-1) if mirrored else tensor for name, tensor in tensors.items()}
+        if self.masks and MASK not in beside:
+            beside[MASK] = torch.ones(1, *latents.shape[1:])
+        return latents, beside
+
+    def _drawn(self, moments: torch.Tensor, seen: _Seen) -> torch.Tensor:
+        mean, log_variance = moments.chunk(2)  # (C, h, w) each
+        deviation = (0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)).exp()
+        normal = torch.from_numpy(counter.normal(mean.shape, self.seed, "latent", *seen.purpose))
+        return (mean + deviation * normal) * self.scaling_factor
+
+    def _text(self, captions: list[str], positions: Sequence[int] | np.ndarray) -> Batch:
+        """The captions at these positions, as long as the longest of them all."""
+        if self.tokenize is not None:
+            return {"input_ids": self.tokenize(captions)[torch.as_tensor(positions)]}
+        longest = max(map(self._length, dict.fromkeys(captions)))
+        mine = [self._embeddings(captions[position]) for position in positions]
+        if any(len(one) < longest for one in mine):
+            # By windows of the empty caption, as user interfaces join long and short prompts.
+            empty = self._embeddings("")
+            mine = [_lengthened(one, empty, longest) for one in mine]
+        return {"prompt_embeds": torch.stack(mine)}
+
+    def _length(self, caption: str) -> int:
+        assert self.embedding_key is not None
+        shape = self.store.shape(self.embedding_key(caption), EMBEDDINGS)
+        if shape is None:
+            raise self._lost(f"the caption {caption!r}")
+        return shape[0]
+
+    def _embeddings(self, caption: str) -> torch.Tensor:
+        assert self.embedding_key is not None
+        key = self.embedding_key(caption)
+        return self._cached(key, {EMBEDDINGS}, f"the caption {caption!r}")[EMBEDDINGS]
+
+    def _cached(self, key: str, names: set[str], what: str) -> dict[str, torch.Tensor]:
+        tensors = self.store.get(key, names) or {}
+        if names - tensors.keys():
+            raise self._lost(what)
+        return {name: tensor.float() for name, tensor in tensors.items()}
+
+    def _lost(self, what: str) -> UserError:
+        return UserError(
+            f"the cache in {self.store.folder} has lost what was made of {what}: run the command "
+            "again, and it will be encoded anew"
+        )
 
 
-def _stack(samples: list[dict[str, Any]], weights: list[float]) -> Batch:
-    names = [name for name in samples[0] if name != "id"]
-    batch: Batch = {
-        name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in names
+def _lengthened(embeddings: torch.Tensor, empty: torch.Tensor, length: int) -> torch.Tensor:
+    """(L, D) to (length, D), filled up with windows of the empty caption."""
+    windows, rest = divmod(length - len(embeddings), len(empty))
+    assert rest == 0
+    return torch.cat([embeddings, *[empty] * windows])
+
+
+def _stack(samples: list[dict[str, Any]]) -> Batch:
+    return {
+        name: torch.stack([torch.as_tensor(sample[name]) for sample in samples])
+        for name in samples[0]
     }
-    return batch | {"weight": torch.tensor(weights), "ids": [sample["id"] for sample in samples]}
 
 
 def cut(batch: Batch, micro_batch_size: int) -> list[Batch]:

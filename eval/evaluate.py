@@ -12,6 +12,7 @@ would come out the same. Keys are those of runs/NAME/config.yaml, above all:
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from train.config import EvaluationConfig, RunConfig, command, fields
 if TYPE_CHECKING:
     import numpy as np
 
-    from data.sources import Record
+    from data.records import Record
 
 Size = tuple[int, int]  # (width, height) in pixels
 
@@ -122,7 +123,7 @@ def plan(
     stride = max(1.0, len(records) / images)
     chosen = [records[int(k * stride) % len(records)] for k in range(images)]
     return [
-        Task(record.caption, seed + k, assign(record.width, record.height, buckets))
+        Task(record.captions[0], seed + k, assign(record.width, record.height, buckets))
         for k, record in enumerate(chosen)
     ]
 
@@ -162,7 +163,7 @@ def measure(
     prompts = [task.prompt for task in tasks]
     reference = extractor.images(fitted(record, buckets) for record in records)
     before, after = extractor.images(base), extractor.images(finetuned)
-    captions = [record.caption for record in records]
+    captions = [record.captions[0] for record in records]
     scores, cosines = score(reference, before, after, extractor.texts(prompts), prompts, captions)
     closest = nearest(after, reference)
     samples = [
@@ -188,7 +189,7 @@ def fitted(record: Record, buckets: Sequence[Size]) -> np.ndarray:
     from data.images import fit, open_image
 
     size = assign(record.width, record.height, buckets)
-    return fit(open_image(record.path, cover=size), size)
+    return fit(open_image(io.BytesIO(record.read()), cover=size), size)
 
 
 def write(
@@ -216,21 +217,21 @@ def usage() -> str:
 def _buckets(config: RunConfig) -> list[Size]:
     from data.buckets import make_buckets
 
-    return make_buckets(config.data.resolutions[-1], step=config.data.bucket_step)
+    data = config.data
+    return make_buckets(
+        data.resolutions[-1], step=data.bucket_step, min_side=data.min_side, max_side=data.max_side
+    )
 
 
 def _load_base(config: RunConfig) -> tuple[Any, Any]:
     """The process's place among the others, and the base pipeline on its device."""
     import torch
-    from accelerate import PartialState
 
+    from eval.processes import join, quieten
     from train.models import load_pipeline
 
-    _quieten()
-    # Without cpu=True each of several processes without a GPU would take itself for the only one.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    state = PartialState(cpu=asked or (several and not torch.cuda.is_available()))
+    quieten()
+    state = join()
     names = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     on_cpu = state.device.type == "cpu"
     dtype = torch.float32 if on_cpu else names[config.train.mixed_precision]
@@ -239,18 +240,6 @@ def _load_base(config: RunConfig) -> tuple[Any, Any]:
         model.path, revision=model.revision, config=model.config, dtype=dtype
     )
     return state, pipeline.to(state.device)
-
-
-def _quieten() -> None:
-    """No bars and notes of the libraries about loading: the pictures' progress is what counts."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    import diffusers
-
-    diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
 
 
 def _generate(pipeline: Any, tasks: Sequence[Task], folder: Path, **how: Any) -> list[Path]:

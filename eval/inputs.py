@@ -11,7 +11,7 @@ import yaml
 from train.config import EvaluationConfig, RunConfig, UserError, load
 
 if TYPE_CHECKING:
-    from data.sources import Record
+    from data.records import Record
 
 
 def split(arguments: Sequence[str]) -> tuple[Path, list[str]]:
@@ -56,7 +56,7 @@ def held_out(settings: EvaluationConfig) -> list[Record]:
             "see, evaluation.path=DIR"
         )
     find_extractor(settings.clip)
-    records = scan(settings.path, index=None).records
+    records = list(scan(settings.path).table)
     if len(records) < 2:
         raise UserError(f"evaluation.path={settings.path} holds {len(records)} picture; use more")
     return records

@@ -115,3 +115,18 @@ def test_the_prediction_type_is_the_checkpoint_s_and_the_schedule_no_weight():
     ours = objective("epsilon")
     assert ours.prediction_type == "epsilon"
     assert not ours.state_dict() and not list(ours.parameters())
+
+
+def test_a_masked_loss_is_the_mean_over_the_mask():
+    ours = objective("v_prediction")
+    mask = torch.zeros(5, 1, 6, 8)
+    mask[:, :, :2, :4] = 1
+    mask[4] = 0
+
+    def predict(noisy, timesteps):
+        return ours.target(LATENTS, NOISE, TIMESTEPS) + torch.where(mask > 0, 3.0, 100.0)
+
+    losses = ours(predict, LATENTS, NOISE, TIMESTEPS, mask=mask)
+    torch.testing.assert_close(losses, torch.tensor([9.0, 9.0, 9.0, 9.0, 0.0]), rtol=1e-4, atol=0)
+    whole = ours(predict, LATENTS, NOISE, TIMESTEPS, mask=torch.ones_like(mask))
+    torch.testing.assert_close(whole, ours(predict, LATENTS, NOISE, TIMESTEPS))

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
-from data.sources import Record
+from data.records import Record
 from eval import evaluate as entry
 from eval.features import read_rgb
 from tests.tiny import tiny_clip, tiny_pipeline
@@ -136,7 +136,7 @@ def test_whole_fine_tuned_pipelines_are_evaluated_too(world, run):
 
 
 def test_prompts_are_spread_over_the_records_or_repeated():
-    records = [Record(str(k), Path(str(k)), f"p{k}", 10, 10, "") for k in range(10)]
+    records = [Record(str(k), f"file:/{k}", (f"p{k}",), 10, 10, "") for k in range(10)]
     few = entry.plan(records, images=4, buckets=[(64, 64)], seed=7)
     assert [task.prompt for task in few] == ["p0", "p2", "p5", "p7"]
     assert [task.seed for task in few] == [7, 8, 9, 10]

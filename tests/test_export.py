@@ -120,3 +120,16 @@ def test_only_the_main_process_publishes(tmp_path):
     other = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
     export.publish(Writes("x"), tmp_path / "adapter", other)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_order_of_the_metadata_is_the_same_in_every_process(tmp_path):
+    method = trained(LoraConfig(rank=2))
+    export.save_lora(method.unet, tmp_path)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    names = list(json.loads(content[8:end])["__metadata__"])
+    assert names == sorted(names) and len(names) > 1 and end % 8 == 0
+    tensors = load_file(file)
+    export._sort_metadata(file)
+    assert file.read_bytes() == content and tensors

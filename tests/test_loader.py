@@ -3,37 +3,58 @@
 import itertools
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
-from data.cache import TensorCache, text_keys
-from data.loader import TrainingSet, loader
-from data.sources import Record
+from data.loader import TrainingSet, cut, loader
+from data.order import Order
+from data.records import Record
+from data.store import TensorStore
+from data.wording import Wording
 from train.config import UserError
 
-SIZES = [(64, 64)] * 4 + [(32, 64)] * 2 + [(64, 32)]  # 7 images, 3 aspects
+SIZES = np.array([(64, 64)] * 4 + [(32, 64)] * 2 + [(64, 32)])  # 7 images, 3 aspects
+CAPTIONS = ["", *(f"caption {n}" for n in range(7))]
 
 
-def training_set(folder: Path, **changed) -> TrainingSet:
-    records = [
-        Record(f"{n}.png", Path(), f"caption {n}", width, height, str(n))
-        for n, (width, height) in enumerate(SIZES)
+class Keys(NamedTuple):
+    """Two crops of each picture if `crops`, else one."""
+
+    crops: int = 1
+
+    def keys(self, index: int, record: Record | None = None) -> list[str]:
+        return [f"{index:020x}{crop:020x}" for crop in range(self.crops)]
+
+
+def embedding_key(caption: str) -> str:
+    return f"{CAPTIONS.index(caption) + 100:040x}"
+
+
+def records(**changed: Any) -> list[Record]:
+    return [
+        Record(f"{n}.png", f"file:/{n}.png", (f"caption {n}",), int(w), int(h), str(n), **changed)
+        for n, (w, h) in enumerate(SIZES)
     ]
-    cache = TensorCache(folder)
-    keys = [f"{n:040x}" for n in range(len(records))]
-    embedding_keys = text_keys([record.caption for record in records], "t", "k")
+
+
+def order(**changed: Any) -> Order:
+    return Order(SIZES, **({"seed": 11, "batch_size": 3} | changed))
+
+
+def training_set(folder: Path, **changed: Any) -> TrainingSet:
     if not folder.exists():
-        _fill(cache, keys, embedding_keys)
+        _fill(TensorStore(folder))
     arguments: dict[str, Any] = {
-        "records": records,
-        "sizes": SIZES,
-        "cache": cache,
-        "latent_keys": keys,
-        "embedding_keys": embedding_keys,
+        "records": records(),
+        "order": order(),
+        "wordings": [Wording()],
+        "store": TensorStore(folder),
+        "latent_keys": Keys(),
+        "embedding_key": embedding_key,
         "seed": 11,
-        "batch_size": 3,
         "scaling_factor": 0.5,
         "num_train_timesteps": 1000,
         "flip": True,
@@ -42,18 +63,25 @@ def training_set(folder: Path, **changed) -> TrainingSet:
     return TrainingSet(**(arguments | changed))
 
 
-def _fill(cache: TensorCache, keys: list[str], embedding_keys: dict[str, str]) -> None:
-    """Means are the picture's number, or minus it where mirrored; standard deviations are 2."""
-    for number, (key, (width, height)) in enumerate(zip(keys, SIZES, strict=True)):
-        mean = torch.full((4, height // 8, width // 8), 100.0 * (number + 1))
-        spread = torch.full_like(mean, 2 * torch.log(torch.tensor(2.0)).item())
-        moments = {
-            name: torch.cat([sign * mean, spread]).half()
-            for name, sign in (("moments", 1), ("moments_flipped", -1))
-        }
-        cache.put(key, moments)
-    for number, key in enumerate(embedding_keys.values()):  # "" is number 0
-        cache.put(key, {"embeddings": torch.full((5, 3), float(number)).half()})
+def _fill(store: TensorStore) -> None:
+    """Means are the picture's number (a thousand more in the second crop), or minus it where
+    mirrored; standard deviations are 2. Masks and depth rise from left to right."""
+    with store.writer() as writer:
+        for number, (width, height) in enumerate(SIZES // 8):
+            ramp = torch.linspace(0, 1, int(width)).expand(1, int(height), int(width)).half()
+            beside = {"mask": ramp, "depth": 2 * ramp - 1}
+            for crop, key in enumerate(Keys(2).keys(number)):
+                mean = torch.full((4, height, width), 100.0 * (number + 1) + 1000 * crop)
+                spread = torch.full_like(mean, 2 * torch.log(torch.tensor(2.0)).item())
+                moments = {
+                    name: torch.cat([sign * mean, spread]).half()
+                    for name, sign in (("moments", 1), ("moments_flipped", -1))
+                }
+                writer.put(key, moments | beside)
+        for number, caption in enumerate(CAPTIONS):  # "" is number 0, the last takes two windows
+            length = 10 if number == 7 else 5
+            embeddings = torch.full((length, 3), float(number)).half()
+            writer.put(embedding_key(caption), {"embeddings": embeddings})
 
 
 @pytest.fixture
@@ -85,28 +113,13 @@ def by_id(micro_batches: list[dict]) -> dict[str, list[tuple]]:
     return found
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 100])
-def test_every_image_once_per_epoch_in_batches_of_one_size(data, tmp_path, batch_size):
-    data = training_set(tmp_path / "cache", batch_size=batch_size)
-    plans = [data.epoch_plan(epoch) for epoch in range(4)]
-    for plan in plans:
-        assert len(plan) == data.batches_per_epoch
-        assert sorted(itertools.chain(*plan)) == list(range(len(SIZES)))
-        assert all(len({SIZES[index] for index in batch}) == 1 for batch in plan)
-        assert max(len(batch) for batch in plan) <= batch_size
-    assert len({str(plan) for plan in plans}) > 1
-    assert (
-        plans[0]
-        == data.epoch_plan(0)
-        != training_set(tmp_path / "cache", batch_size=batch_size, seed=5).epoch_plan(0)
-    )
-
-
-def test_positions_walk_through_the_epochs(data):
-    assert data.batches_per_epoch == 4
-    assert [data.position(step) for step in (0, 3, 4, 9)] == [(0, 0), (0, 3), (1, 0), (2, 1)]
-    seen = [name for step in steps(data, 4, 8) for batch in step for name in batch["ids"]]
-    assert sorted(seen) == sorted(record.id for record in data.records)
+def test_an_epoch_has_every_picture_in_batches_of_one_size(data):
+    for epoch in range(2):
+        each = data.order.batches_per_epoch
+        batches = [step[0] for step in steps(data, epoch * each, (epoch + 1) * each)]
+        seen = [name for batch in batches for name in batch["ids"]]
+        assert sorted(seen) == sorted(record.id for record in data.records)
+        assert all(batch["latents"].shape == batch["noise"].shape for batch in batches)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -123,6 +136,7 @@ def test_any_number_of_processes_sees_the_same(data, world, micro_batch_size):
         shapes = [[batch["latents"].shape for batch in part] for part in parts]
         assert all(shape == shapes[0] for shape in shapes)
         assert all(len(batch["ids"]) <= micro_batch_size for part in parts for batch in part)
+        assert len({batch["prompt_embeds"].shape[1] for part in parts for batch in part}) == 1
         weights = torch.cat([batch["weight"] for part in parts for batch in part])
         assert weights.sum().item() == pytest.approx(1)
         assert len(set(weights.tolist()) - {0}) == 1
@@ -181,21 +195,102 @@ def test_dropout_of_none_and_of_all_and_ids_for_a_text_encoder(data, tmp_path, s
         seen.update(texts)
         return torch.tensor([[len(text), 1] for text in texts])
 
-    changed = {"embedding_keys": None, "tokenize": tokenize, "caption_dropout": share}
+    changed = {"embedding_key": None, "tokenize": tokenize, "caption_dropout": share}
     trained = training_set(tmp_path / "cache", flip=False, **changed)
     samples = [trained.sample(step, 0) for step in range(20)]
     assert seen == captions
     assert all(sample["latents"].mean() > 0 for sample in samples)
     assert "prompt_embeds" not in samples[0]
-    (batch,) = trained.share(0, rank=0, world=1, micro_batch_size=8)
+    batch = trained.gather(0, rank=0, world=1)
     assert batch["input_ids"].shape == (len(batch["ids"]), 2)
     assert batch["timestep"].dtype == torch.int64 and batch["weight"].dtype == torch.float32
 
 
+def test_ids_are_as_long_as_the_longest_caption_of_all_processes_needs(tmp_path):
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        longest = max(len(text) for text in texts)
+        return torch.tensor([[int(text[-1])] * longest for text in texts])
+
+    long = [Record(f"{n}", "", ("x" * n + str(n),), 64, 64, "") for n in range(7)]
+    changed = {"embedding_key": None, "tokenize": tokenize, "caption_dropout": 0.0}
+    trained = training_set(tmp_path / "cache", records=long, **changed)
+    whole = trained.gather(0, rank=0, world=1)
+    assert whole["input_ids"].shape[1] == max(int(name) for name in whole["ids"]) + 1
+    for rank in range(2):
+        part = trained.gather(0, rank=rank, world=2)
+        assert part["input_ids"].shape[1] == whole["input_ids"].shape[1]
+        assert part["input_ids"][:, 0].tolist() == [int(name) for name in part["ids"]]
+
+
+def test_short_captions_beside_long_ones_end_in_windows_of_the_empty_caption(tmp_path):
+    same_size = np.array([(64, 64)] * 7)
+    alike = [Record(str(n), "", (f"caption {n}",), 64, 64, "") for n in (0, 6)]
+    trained = training_set(
+        tmp_path / "cache",
+        records=alike,
+        order=Order(same_size[:2], seed=0, batch_size=2),
+        caption_dropout=0.0,
+    )
+    alone = [trained.gather(0, rank=rank, world=2) for rank in range(2)]
+    rows = {batch["ids"][0]: batch["prompt_embeds"][0, :, 0].tolist() for batch in alone}
+    assert rows == {"0": [1.0] * 5 + [0.0] * 5, "6": [7.0] * 10}
+
+
+def test_one_of_several_crops_is_drawn_at_each_step(tmp_path):
+    trained = training_set(tmp_path / "cache", latent_keys=Keys(2), flip=False)
+    crops = [bool(trained.sample(step, 0)["latents"].mean() > 500) for step in range(60)]
+    assert 15 < sum(crops) < 45
+
+
+def test_masks_and_depth_turn_with_the_picture_and_are_ones_where_there_is_none(tmp_path):
+    beside = {"mask_sha256": "m", "depth_sha256": "d"}
+    trained = training_set(tmp_path / "cache", records=records(**beside), masks=True)
+    samples = [trained.sample(step, 0) for step in range(20)]
+    for sample in samples:
+        mask, depth = sample["mask"], sample["depth"]
+        assert mask.shape == depth.shape == (1, 8, 8) and mask.dtype == torch.float32
+        assert bool(mask[0, 0, 0] == 0) == bool(sample["latents"].mean() > 0)
+        torch.testing.assert_close(depth, 2 * mask - 1, atol=1e-3, rtol=0)
+    assert {bool(sample["mask"][0, 0, 0] == 0) for sample in samples} == {True, False}
+    unmasked = training_set(tmp_path / "cache", masks=True).gather(0, rank=0, world=1)
+    assert torch.equal(unmasked["mask"], torch.ones_like(unmasked["latents"][:, :1]))
+    assert "depth" not in unmasked
+    assert "mask" not in training_set(tmp_path / "cache", records=records(**beside)).sample(0, 0)
+
+
+def test_sources_have_their_own_wording_and_repeats_their_own_randomness(tmp_path):
+    said: list[str] = []
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        said.extend(texts)
+        return torch.zeros(len(texts), 77, dtype=torch.int64)
+
+    sources = np.array([0, 1] * 3 + [0])
+    trained = training_set(
+        tmp_path / "cache",
+        sources=sources,
+        wordings=[Wording(), Wording(prefix="a painting, ")],
+        order=order(batch_size=100, sources=sources, repeats=[1, 3]),
+        embedding_key=None,
+        tokenize=tokenize,
+        caption_dropout=0.0,
+    )
+    batches = [trained.gather(step, rank=0, world=1) for step in range(3)]
+    names = [name for batch in batches for name in batch["ids"]]
+    assert len(names) == 4 + 3 * 3
+    origins = torch.cat([batch["source"] for batch in batches]).tolist()
+    assert origins == [int(sources[int(name[0])]) for name in names]
+    assert all(
+        text.startswith("a painting, ") == bool(o) for text, o in zip(said, origins, strict=True)
+    )
+    noise = {row.numpy().tobytes() for batch in batches for row in batch["noise"]}
+    assert len(noise) == len(names)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_lost_entry_is_one_clear_message(data, workers):
-    for key in data.latent_keys:
-        data.cache.path(key).write_bytes(b"damaged")
+    for file in (data.store.folder / "shards").iterdir():
+        file.write_bytes(b"damaged")
     with pytest.raises(UserError, match="run the command again") as caught:
         steps(data, 0, 2, workers=workers)
     assert "Traceback" not in str(caught.value)
@@ -204,4 +299,11 @@ def test_a_lost_entry_is_one_clear_message(data, workers):
 def test_it_travels_to_another_process(data):
     copy = pickle.loads(pickle.dumps(data))
     assert same(copy.sample(3, 4), data.sample(3, 4))
-    assert copy.epoch_plan(2) == data.epoch_plan(2)
+    assert same(copy.gather(9, rank=1, world=2), data.gather(9, rank=1, world=2))
+
+
+def test_a_batch_is_cut_into_micro_batches(data):
+    batch = data.gather(0, rank=0, world=1)
+    parts = cut(batch, 2)
+    assert [len(part["ids"]) for part in parts] == [2, 1]
+    assert torch.equal(torch.cat([part["noise"] for part in parts]), batch["noise"])

@@ -61,13 +61,13 @@ def test_styles_and_subjects_change_the_picture_and_not_the_caption():
 def test_written_pictures_are_read_back_with_their_captions(tmp_path):
     toy.write_pictures(tmp_path / "world", 4, seed=3, style="glow")
     source = scan(tmp_path / "world")
-    assert [(r.width, r.height) for r in source.records] == [
+    assert [(r.width, r.height) for r in source.table] == [
         (128, 128),
         (96, 160),
         (128, 128),
         (160, 96),
     ]
-    assert source.records[0].caption == toy.caption(toy.sample_scene(3, 0))
+    assert source.table[0].captions == (toy.caption(toy.sample_scene(3, 0)),)
 
 
 def test_the_toy_models_are_small_enough_for_a_repository():

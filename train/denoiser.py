@@ -11,15 +11,14 @@ from train.models import text_encoder_output
 
 
 class Denoiser(nn.Module):
-    """UNet, objective and, where it trains too, the text encoder.
+    """UNet, objective and text encoder, any of them frozen.
 
-    forward: batch with "latents" and "noise" (B, 4, h, w), "timestep" (B,) and either
-    "prompt_embeds" (B, 77, D) or "input_ids" (B, 77) -> losses (B,), fp32.
+    forward: batch with "latents" and "noise" (B, 4, h, w), "timestep" (B,), either "prompt_embeds"
+    (B, 77 k, D) or "input_ids" (B, 77 k) of k windows, and perhaps "mask" (B, 1, h, w) -> losses
+    (B,), fp32.
     """
 
-    def __init__(
-        self, unet: nn.Module, objective: Objective, text_encoder: nn.Module | None = None
-    ) -> None:
+    def __init__(self, unet: nn.Module, objective: Objective, text_encoder: nn.Module) -> None:
         super().__init__()
         self.unet, self.objective, self.text_encoder = unet, objective, text_encoder
 
@@ -29,9 +28,15 @@ class Denoiser(nn.Module):
         def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
             return self.unet(noisy_latents, timesteps, encoder_hidden_states=text).sample
 
-        return self.objective(predict, batch["latents"], batch["noise"], batch["timestep"])
+        return self.objective(
+            predict,
+            batch["latents"],
+            batch["noise"],
+            batch["timestep"],
+            mask=batch.get("mask"),
+        )
 
     def _text(self, batch: dict[str, Any]) -> Tensor:
-        if self.text_encoder is not None:
-            return text_encoder_output(self.text_encoder, batch["input_ids"])
-        return batch["prompt_embeds"]
+        if "prompt_embeds" in batch:
+            return batch["prompt_embeds"]
+        return text_encoder_output(self.text_encoder, batch["input_ids"])

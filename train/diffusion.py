@@ -52,14 +52,24 @@ class Objective(nn.Module):
         )
 
     def forward(
-        self, predict: Predict, latents: Tensor, noise: Tensor, timesteps: Tensor
+        self,
+        predict: Predict,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        *,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Losses (B,) of `predict(noisy_latents, timesteps)`; latents and noise (B, C, h, w),
-        timesteps (B,)."""
+        timesteps (B,).
+
+        mask: (B, 1, h, w) from 0 to 1, how much each place counts. The loss is the mean over the
+        mask's area, so that a small mask trains no slower; of an empty one it is 0.
+        """
         noisy_latents = self.add_noise(latents, noise, timesteps)
         prediction = predict(noisy_latents, timesteps).float()
         error = (prediction - self.target(latents, noise, timesteps)).square()
-        return error.flatten(1).mean(1) * self.weight(timesteps)
+        return _mean(error, mask) * self.weight(timesteps)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise, in fp32 (Ho et al. 2020, eq. 4)."""
@@ -92,3 +102,12 @@ class Objective(nn.Module):
     def _alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]  # (B, 1, 1, 1)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def _mean(error: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of (B, C, h, w) over all but the first dimension, weighted by mask (B, 1, h, w)."""
+    if mask is None:
+        return error.flatten(1).mean(1)
+    mask = mask.to(error)
+    area = mask.flatten(1).mean(1)  # (B,)
+    return (error * mask).flatten(1).mean(1) / area.clamp(min=torch.finfo(error.dtype).tiny)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -54,6 +55,20 @@ def save_lora(unet: Any, directory: Path) -> None:
         unet_lora_layers={name: tensor.detach().cpu() for name, tensor in state.items()},
         unet_lora_adapter_metadata=metadata,
     )
+    for file in directory.glob("*.safetensors"):
+        _sort_metadata(file)
+
+
+def _sort_metadata(file: Path) -> None:
+    """safetensors writes the entries of a file's metadata in an order that differs from process to
+    process; a hash of the file should not."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def save_pipeline(pipeline: Any, directory: Path) -> None:

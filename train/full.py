@@ -25,12 +25,12 @@ def main(arguments: list[str]) -> None:
         return
 
     # Heavy imports wait until the run is known to be possible.
-    from train import export, pictures, report
+    from train import export, feeding, report
     from train.diffusion import Objective
     from train.loop import fit
 
     accelerator, pipeline = start(config, planned)
-    batches = pictures.batches(
+    batches = feeding.batches(
         planned.pictures,
         pipeline,
         config,
@@ -55,12 +55,10 @@ class Full:
         if config.text_encoder:
             pipeline.text_encoder.requires_grad_(True)
         self._pipeline = pipeline
-        self.model = Denoiser(
-            pipeline.unet, objective, pipeline.text_encoder if config.text_encoder else None
-        )
+        self.model = Denoiser(pipeline.unet, objective, pipeline.text_encoder)
 
     def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
-        return [{"params": list(self.model.parameters())}]
+        return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
 
     def pipeline(self) -> Pipeline:
         return self._pipeline

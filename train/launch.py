@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from train.config import UserError
+
+# Shares of what is cached differ, above all of a streamed set with few shards; the launcher ends
+# all processes where one died.
+PATIENCE = timedelta(days=1)
 
 
 def open_accelerator(mixed_precision: str) -> Accelerator:
@@ -19,7 +25,9 @@ def open_accelerator(mixed_precision: str) -> Accelerator:
     workers = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         accelerator = Accelerator(
-            mixed_precision=mixed_precision, cpu=workers > 1 and not torch.cuda.is_available()
+            mixed_precision=mixed_precision,
+            cpu=workers > 1 and not torch.cuda.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
         raise UserError(

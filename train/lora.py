@@ -27,12 +27,12 @@ def main(arguments: list[str]) -> None:
         return
 
     # Heavy imports wait until the run is known to be possible.
-    from train import export, models, pictures, report
+    from train import export, feeding, models, report
     from train.diffusion import Objective
     from train.loop import fit
 
     accelerator, pipeline = start(config, planned)
-    batches = pictures.batches(planned.pictures, pipeline, config, accelerator)
+    batches = feeding.batches(planned.pictures, pipeline, config, accelerator)
     models.store_in(pipeline, config.train.mixed_precision)
     objective = Objective.of(pipeline.scheduler, config.diffusion)
     method = Lora(pipeline, objective, config.lora, seed=config.seed)
@@ -52,7 +52,7 @@ class Lora:
 
         adapters.add(pipeline.unet, config, seed=seed)
         self._pipeline = pipeline
-        self.model = Denoiser(pipeline.unet, objective)
+        self.model = Denoiser(pipeline.unet, objective, pipeline.text_encoder)
 
     def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
         return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]

@@ -320,31 +320,31 @@ def latent_encoder(vae: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return encode
 
 
-def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:
-    """Token ids (B, 77), padded with the tokenizer's own padding token, longer captions cut."""
-    return tokenizer(
-        captions,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-
-
 def text_encoder_output(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Embeddings (B, 77, D). SD 2's checkpoints hold 23 of 24 layers, so the last layer is the
-    penultimate."""
+    """Embeddings (B, 77 k, D) of ids (B, 77 k): k windows, each encoded by itself, as the common
+    user interfaces read long prompts. SD 2's checkpoints hold 23 of 24 layers, so the last layer
+    is the penultimate."""
     if getattr(text_encoder.config, "use_attention_mask", False):
         raise UserError("text encoders with use_attention_mask are not of the SD 2 family")
-    return text_encoder(ids.to(text_encoder.device))[0]
+    window = text_encoder.config.max_position_embeddings
+    windows = ids.to(text_encoder.device).reshape(-1, window)  # (B k, 77)
+    return text_encoder(windows)[0].reshape(*ids.shape, -1)
 
 
-def caption_encoder(tokenizer: Any, text_encoder: Any) -> Callable[[list[str]], torch.Tensor]:
-    """captions -> embeddings (B, 77, D), fp32, as the pipeline makes them."""
+def caption_encoder(
+    tokenizer: Any, text_encoder: Any, *, max_tokens: int = 75
+) -> Callable[[list[str]], list[torch.Tensor]]:
+    """captions -> the embeddings (77 k, D) of each, fp32; k = 1 is what the pipeline makes."""
     import torch
 
+    from data.tokens import tokenize
+
     @torch.no_grad()
-    def encode(captions: list[str]) -> torch.Tensor:
-        return text_encoder_output(text_encoder, tokenize(tokenizer, captions)).float()
+    def encode(captions: list[str]) -> list[torch.Tensor]:
+        # One by one through the tokenizer, whose padding depends on the longest of a call.
+        ids = [tokenize(tokenizer, [caption], max_tokens=max_tokens)[0] for caption in captions]
+        lengths = [len(row) for row in ids]
+        embeddings = text_encoder_output(text_encoder, torch.cat(ids)[None])[0].float()
+        return list(embeddings.split(lengths))
 
     return encode

@@ -1,211 +1,250 @@
-"""From a data section to batches: scan and bucket (light), then cache and load (heavy)."""
+"""What will be trained on: every source scanned and every picture in its bucket. Light, so that a
+plan is made in seconds; train/feeding.py makes batches of it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from data.buckets import assign, make_buckets
-from data.sources import Source, scan
-from train.config import DataConfig, RunConfig, UserError
+import numpy as np
+
+from data.buckets import account, plan_buckets, too_small
+from data.records import Joined, Table
+from data.sources import Rejected, Source, complaint, quarantine, scan
+from data.wording import Wording
+from train.config import CaptionConfig, Cropping, DataConfig, SourceConfig, UserError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from data.loader import TrainingSet
-    from train.method import Pipeline
-
+    from data.streaming import Stream
 
 _TOY_DATA = Path("runs/toy-data")  # where `make setup` writes the embedded default's pictures
+CACHED_VARIANTS = 4  # captions with more forms than this are encoded anew at every step
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source, and the bucket (width, height) of each of its pictures, (n, 2)."""
+
+    settings: SourceConfig
+    source: Source
+    sizes: np.ndarray
+    stream: Stream | None = None
+    """Where its pictures are still to come from; the source has none until then."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What will be trained on: the source and each picture's bucket (width, height)."""
+    """All sources of a run."""
 
-    source: Source
-    sizes: list[tuple[int, int]]
+    parts: list[Part]
+
+    @cached_property
+    def records(self) -> Joined:
+        return Joined({str(part.settings.name): part.source.table for part in self.parts})
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(n, 2), in the order of `records`."""
+        return np.concatenate([part.sizes for part in self.parts])
+
+    @cached_property
+    def wordings(self) -> list[Wording]:
+        """One per source."""
+        return [Wording.of(part.settings.captions or CaptionConfig()) for part in self.parts]
 
     @property
+    def weights(self) -> list[float] | None:
+        weights = [part.settings.weight for part in self.parts]
+        return None if None in weights else [weight or 0.0 for weight in weights]
+
+    @property
+    def repeats(self) -> list[int]:
+        return [part.settings.repeats for part in self.parts]
+
+    @cached_property
+    def captions(self) -> list[str] | None:
+        """Every caption that training can see, sorted; None where they are too many to cache."""
+        found: set[str] = set()
+        for wording, part in zip(self.wordings, self.parts, strict=True):
+            for captions in part.source.table.column("captions"):
+                variants = wording.variants(captions, CACHED_VARIANTS)
+                if variants is None:
+                    return None
+                found.update(variants)
+        return sorted(found)
+
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 (16 hex digits) of every picture's id, bytes, caption and bucket."""
+        """sha256 (16 hex digits) of every picture's id, bytes, captions, companions and bucket."""
         digest = hashlib.sha256()
-        for record, size in zip(self.source.records, self.sizes, strict=True):
-            digest.update(f"{record.id}\0{record.sha256}\0{record.caption}\0{size}\n".encode())
+        for part in self.parts:
+            digest.update(f"{part.stream.fingerprint}\n".encode() if part.stream else b"")
+        for record, size in zip(self.records, self.sizes.tolist(), strict=True):
+            beside = (record.focus, record.mask_sha256, record.depth_sha256)
+            facts = (record.id, record.sha256, record.captions, beside, size)
+            digest.update(f"{facts}\n".encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def rejected(self) -> list[Rejected]:
+        return [bad for part in self.parts for bad in part.source.rejected]
+
+    @property
+    def notes(self) -> list[str]:
+        return [note for part in self.parts for note in part.source.notes]
+
+    @property
+    def recognised(self) -> str:
+        return "; ".join(part.source.recognised for part in self.parts)
 
     def bucket_counts(self) -> dict[str, int]:
         """Pictures per bucket, named "WIDTHxHEIGHT"."""
-        counts = Counter(self.sizes)
-        return {f"{width}x{height}": counts[width, height] for width, height in sorted(counts)}
+        sizes, counts = np.unique(self.sizes, axis=0, return_counts=True)
+        return {f"{w}x{h}": int(n) for (w, h), n in zip(sizes.tolist(), counts, strict=True)}
+
+    def account(self) -> dict[str, float]:
+        """What becomes of the pictures: the mean share cropped, and how many are enlarged."""
+        if not len(self.sizes):
+            return {}
+        kept = account(self.records.widths, self.records.heights, self.sizes)
+        return {
+            "mean_share_cropped": round(float(kept.cropped.mean()), 4),
+            "enlarged": int(kept.enlarged.sum()),
+        }
 
     def summary(self) -> str:
+        if any(part.stream for part in self.parts):
+            return f"{self.recognised}; counted as they pass"
         buckets = ", ".join(f"{size}: {count}" for size, count in self.bucket_counts().items())
-        return f"{len(self.sizes)} pictures ({self.source.recognised}); buckets {buckets}"
+        return f"{len(self.records)} pictures ({self.recognised}); buckets {buckets}"
 
 
-def find(config: DataConfig) -> Pictures:
-    """Scans data.path and gives every picture its bucket. Raises UserError for whatever cannot be
-    used."""
-    folder = Path(config.path or "")
-    if folder.parts[:2] == _TOY_DATA.parts and not folder.exists():
-        raise UserError(f"data.path={folder} is not made yet: run `make setup`, which makes it")
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    source = scan(
-        folder,
-        index=config.cache / f"index-{name}.json",
-        caption=config.caption,
-        progress=_progress("reading pictures", os.environ.get("RANK", "0") == "0"),
-    )
-    buckets = make_buckets(config.resolutions[-1], step=config.bucket_step)
-    return Pictures(source, [assign(r.width, r.height, buckets) for r in source.records])
+def find(config: DataConfig, *, quarantined: Path | None = None) -> Pictures:
+    """Scans all sources and gives every picture its bucket.
 
-
-def cache_bytes(pictures: Pictures, *, flip: bool) -> int:
-    """Upper bound of the cache's size: fp16 mean and log-variance of 4 channels at an eighth of
-    each side, and SD 2's 77 x 1024 embeddings of each different caption."""
-    cells = sum(width * height // 64 for width, height in pictures.sizes)
-    captions = len({record.caption for record in pictures.source.records}) + 1
-    headers = 1024 * (len(pictures.sizes) + captions)
-    return (2 if flip else 1) * cells * 8 * 2 + captions * 77 * 1024 * 2 + headers
-
-
-@dataclass(frozen=True)
-class StepBatches:
-    """`batches(start)` for `loop.fit`: this process's micro-batches of every step from `start`
-    on."""
-
-    training_set: TrainingSet
-    steps: int
-    rank: int
-    world: int
-    micro_batch_size: int
-    workers: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.training_set.batches_per_epoch
-
-    def __call__(self, start: int) -> Iterable[list[dict[str, Any]]]:
-        from data.loader import loader
-
-        return loader(
-            self.training_set,
-            start=start,
-            stop=self.steps,
-            rank=self.rank,
-            world=self.world,
-            micro_batch_size=self.micro_batch_size,
-            workers=self.workers,
-        )
-
-
-def batches(
-    pictures: Pictures,
-    pipeline: Pipeline,
-    config: RunConfig,
-    accelerator: Accelerator,
-    *,
-    cache_captions: bool = True,
-) -> StepBatches:
-    """Fills the cache with what it lacks, then the batches of the run.
-
-    cache_captions: False where the text encoder trains; batches then hold token ids.
+    quarantined: where data.on_bad_image=quarantine copies what cannot be used. Raises UserError
+    for whatever cannot be used, unless it is to be reported.
     """
-    from data import cache as caching
-    from data.loader import TrainingSet
-    from train.models import fingerprint, tokenize
+    parts = [find_part(config, settings) for settings in config.named_sources()]
+    found = Pictures(parts)
+    if quarantined is not None and config.on_bad_image == "quarantine" and found.rejected:
+        quarantine(found.rejected, quarantined)
+    return found
 
-    data, records = config.data, pictures.source.records
-    cache = caching.TensorCache(data.cache)
-    vae = fingerprint(pipeline.vae)
-    _cache_latents(pictures, cache, pipeline, vae, config, accelerator)
-    text: dict[str, Any]
-    if cache_captions:
-        text = {"embedding_keys": _cache_captions(records, cache, pipeline, accelerator)}
-    else:
-        text = {"tokenize": partial(tokenize, pipeline.tokenizer)}
-    training_set = TrainingSet(
-        records=records,
-        sizes=pictures.sizes,
-        cache=cache,
-        latent_keys=caching.latent_keys(records, pictures.sizes, vae),
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        scaling_factor=pipeline.vae.config.scaling_factor,
-        num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
-        flip=data.flip,
-        caption_dropout=data.caption_dropout,
-        **text,
+
+def find_part(config: DataConfig, settings: SourceConfig) -> Part:
+    """One source, scanned and bucketed."""
+    if Path(settings.path).parts[:2] == _TOY_DATA.parts and not Path(settings.path).exists():
+        raise UserError(
+            f"data.path={settings.path} is not made yet: run `make setup`, which makes it"
+        )
+    if config.streaming:
+        return _streamed(config, settings)
+    source = scan(
+        settings.path,
+        index=index_file(config, settings),
+        caption=settings.caption,
+        on_bad=policy(config),
+        masks=config.masks,
+        depth=config.depth,
+        split=settings.split or "train",
+        revision=config.revision,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        progress=progress("reading pictures", os.environ.get("RANK", "0") == "0"),
     )
-    world = accelerator.num_processes
-    return StepBatches(
-        training_set,
-        steps=config.train.steps,
-        rank=accelerator.process_index,
-        world=world,
-        micro_batch_size=config.train.micro_batch_size or -(-config.train.batch_size // world),
-        workers=data.workers,
+    return bucketed(config, settings, source)
+
+
+def bucketed(config: DataConfig, settings: SourceConfig, source: Source) -> Part:
+    """The source without the pictures too small for any bucket, and each one's bucket."""
+    if not config.upscale:
+        source = _without_small(config, source)
+    sizes = bucket_sizes(cropping(config, settings), source.table.widths, source.table.heights)
+    return Part(settings, source, sizes)
+
+
+def _streamed(config: DataConfig, settings: SourceConfig) -> Part:
+    from data.streaming import open_stream
+
+    stream = open_stream(
+        settings.path,
+        caption=settings.caption,
+        split=settings.split or "train",
+        revision=config.revision,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+    )
+    source = Source(Table.of([]), stream.recognised, stream.notes, [])
+    return Part(settings, source, np.empty((0, 2), np.int32), stream)
+
+
+def policy(config: DataConfig) -> Literal["abort", "report"]:
+    """Whether a picture that cannot be used stops the run."""
+    return "abort" if config.on_bad_image == "abort" else "report"
+
+
+def cropping(config: DataConfig, settings: SourceConfig) -> Cropping:
+    """How the pictures of one source become pixels."""
+    shared = {name: getattr(config, name) for name in Cropping.model_fields}
+    return Cropping(**shared | {"resolution": settings.resolution, "crop": settings.crop})
+
+
+def bucket_sizes(cropping: Cropping, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    """`plan_buckets` as a configuration says."""
+    return plan_buckets(
+        widths,
+        heights,
+        resolutions=cropping.resolutions,
+        step=cropping.bucket_step,
+        min_side=cropping.min_side,
+        max_side=cropping.max_side,
+        upscale=cropping.upscale,
     )
 
 
-def _cache_latents(
-    pictures: Pictures,
-    cache: Any,
-    pipeline: Pipeline,
-    vae_fingerprint: str,
-    config: RunConfig,
-    accelerator: Accelerator,
-) -> None:
-    from data.cache import cache_latents
-    from train.models import latent_encoder
-
-    cache_latents(
-        pictures.source.records,
-        pictures.sizes,
-        cache,
-        latent_encoder(pipeline.vae),
-        vae_fingerprint=vae_fingerprint,
-        flip=config.data.flip,
-        batch_size=config.data.cache_batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        progress=_progress("caching latents", accelerator.is_main_process),
-    )
-    accelerator.wait_for_everyone()
+def _without_small(config: DataConfig, source: Source) -> Source:
+    small = too_small(source.table.widths, source.table.heights, config.bucket_step)
+    if not small.any():
+        return source
+    reason = f"has a side below data.bucket_step={config.bucket_step}, and data.upscale is off"
+    bad = [Rejected(r.id, reason, r.location) for r in source.table.take(np.flatnonzero(small))]
+    if config.on_bad_image == "abort" or small.all():
+        raise UserError(complaint(source.recognised, bad))
+    kept = source.table.take(np.flatnonzero(~small))
+    return replace(source, table=kept, rejected=[*source.rejected, *bad])
 
 
-def _cache_captions(
-    records: list[Any], cache: Any, pipeline: Pipeline, accelerator: Accelerator
-) -> dict[str, str]:
-    from data.cache import cache_captions, text_keys
-    from train.models import caption_encoder, fingerprint, tokenizer_fingerprint
-
-    captions = [record.caption for record in records]
-    prints: dict[str, Any] = {
-        "text_encoder_fingerprint": fingerprint(pipeline.text_encoder),
-        "tokenizer_fingerprint": tokenizer_fingerprint(pipeline.tokenizer),
-    }
-    cache_captions(
-        captions,
-        cache,
-        caption_encoder(pipeline.tokenizer, pipeline.text_encoder),
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        progress=_progress("caching captions", accelerator.is_main_process),
-        **prints,
-    )
-    accelerator.wait_for_everyone()
-    return text_keys(captions, **prints)
+def index_file(config: DataConfig, settings: SourceConfig) -> Path:
+    """Where what was found in a source is remembered."""
+    place = settings.path if ":" in settings.path else str(Path(settings.path).resolve())
+    what = (place, settings.split, config.revision, config.image_column, config.caption_column)
+    name = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    return config.cache / f"index-{name}.arrow"
 
 
-def _progress(what: str, shown: bool) -> Callable[[int, int], None]:
+def cache_bytes(pictures: Pictures, *, config: DataConfig) -> int:
+    """Upper bound of the cache's size: fp16 mean and log-variance of 4 channels at an eighth of
+    each side, masks and depth likewise, and SD 2's 1024 numbers for each token of each caption."""
+    cells = int(pictures.sizes.astype(np.int64).prod(axis=1).sum()) // 64
+    channels = (2 if config.flip else 1) * 8 + config.masks + config.depth
+    random = any(part.settings.crop == "random" for part in pictures.parts)
+    latents = cells * channels * 2 * (config.crop_variants if random else 1)
+    captions = len(pictures.captions or []) + 1
+    windows = max(wording_tokens(part.settings) for part in pictures.parts) // 75
+    return latents + captions * windows * 77 * 1024 * 2 + 1024 * (len(pictures.sizes) + captions)
+
+
+def wording_tokens(settings: SourceConfig) -> int:
+    return settings.captions.max_tokens if settings.captions else 75
+
+
+def progress(what: str, shown: bool) -> Callable[[int, int], None]:
     from tqdm import tqdm
 
     # A delay keeps the bar out of what is done at once, an error message above all.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from train import models, pictures, rundir
 from train.config import RunConfig, UserError
@@ -38,7 +39,7 @@ def plan(config: RunConfig, *, result: str, trainable_bytes: int | None = None) 
     """
     _check_optimizer(config.optim.name)
     base = models.inspect(config.model)
-    found = pictures.find(config.data)
+    found = pictures.find(config.data, quarantined=_quarantine(config))
     finished = rundir.check(config, result=result)
     _check_space(config, found, trainable_bytes or models.fp32_bytes(base))
     _say(_describe(config, base, found))
@@ -65,13 +66,7 @@ def start(config: RunConfig, planned: Plan) -> tuple[Accelerator, Pipeline]:
     manifest = {
         "base": planned.base.__dict__
         | {"sha256": {part: models.fingerprint(getattr(pipeline, part)) for part in _HASHED}},
-        "dataset": {
-            "path": str(config.data.path),
-            "pictures": len(planned.pictures.sizes),
-            "buckets": planned.pictures.bucket_counts(),
-            "recognised": planned.pictures.source.recognised,
-            "sha256": planned.pictures.fingerprint,
-        },
+        "dataset": _dataset(planned.pictures),
         "processes": accelerator.num_processes,
     }
     rundir.check_unchanged(config.output, manifest)
@@ -81,10 +76,30 @@ def start(config: RunConfig, planned: Plan) -> tuple[Accelerator, Pipeline]:
     return accelerator, pipeline
 
 
+def _quarantine(config: RunConfig) -> Path | None:
+    first = os.environ.get("RANK", "0") == "0" and not config.dry_run
+    return config.output / "quarantine" if first else None
+
+
+def _dataset(found: Pictures) -> dict[str, Any]:
+    return {
+        "sources": [
+            {"name": part.settings.name, "path": part.settings.path, "pictures": len(part.sizes)}
+            for part in found.parts
+        ],
+        "pictures": len(found.records),
+        "left_out": len(found.rejected),
+        "buckets": found.bucket_counts(),
+        **found.account(),
+        "recognised": found.recognised,
+        "sha256": found.fingerprint,
+    }
+
+
 def _check_space(config: RunConfig, found: Pictures, trainable_bytes: int) -> None:
     if rundir.has_checkpoints(config.output):
         return  # a run that is resumed has taken its space
-    cached = pictures.cache_bytes(found, flip=config.data.flip)
+    cached = pictures.cache_bytes(found, config=config.data)
     rundir.check_space(config.data.cache, cached, what="cached latents and captions")
     # Parameters and Adam's two moments, the kept checkpoints and the one being written; the result.
     checkpoints = 3 * trainable_bytes * (config.checkpoint.keep + 1) + trainable_bytes
@@ -106,7 +121,7 @@ def _describe(config: RunConfig, base: BaseModel, found: Pictures) -> str:
         [
             f"base     {base.path} ({base.kind}{known})",
             f"data     {found.summary()}",
-            *(f"note     {note}" for note in found.source.notes),
+            *(f"note     {note}" for note in found.notes),
             f"train    {train.steps} steps of {train.batch_size} images, {optim.name} at "
             f"{optim.learning_rate:g} ({optim.schedule}), precision {train.mixed_precision}",
             f"output   {config.output}",

@@ -1,0 +1,222 @@
+"""From pictures to the batches of a run: fills the cache with what it lacks, then reads from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from train.config import DataConfig, RunConfig
+from train.pictures import Pictures, progress, wording_tokens
+from train.streams import stream_in
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from data.cache import LatentKeys
+    from data.loader import TrainingSet
+    from data.store import TensorStore
+    from train.method import Pipeline
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """`batches(start)` for `loop.fit`: this process's micro-batches of every step from `start`
+    on."""
+
+    training_set: TrainingSet
+    steps: int
+    rank: int
+    world: int
+    micro_batch_size: int
+    workers: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.training_set.order.batches_per_epoch
+
+    def __call__(self, start: int) -> Iterable[list[dict[str, Any]]]:
+        from data.loader import loader
+
+        return loader(
+            self.training_set,
+            start=start,
+            stop=self.steps,
+            rank=self.rank,
+            world=self.world,
+            micro_batch_size=self.micro_batch_size,
+            workers=self.workers,
+        )
+
+
+def batches(
+    pictures: Pictures,
+    pipeline: Pipeline,
+    config: RunConfig,
+    accelerator: Accelerator,
+    *,
+    cache_captions: bool = True,
+) -> StepBatches:
+    """Fills the cache with what it lacks, then the batches of the run.
+
+    cache_captions: False where the text encoder trains. Batches hold token ids then, as they do
+    where captions change too much from epoch to epoch to be cached.
+    """
+    from data.loader import TrainingSet
+    from data.order import Order
+    from data.store import TensorStore
+
+    data = config.data
+    store = TensorStore(data.cache)
+    if data.streaming:
+        pictures = stream_in(pictures, store, pipeline, data, accelerator)
+        accelerator.print(f"streamed {pictures.summary()}")
+    keys = latent_keys(pictures, pipeline, data)
+    _cache_latents(keys, store, pipeline, data, accelerator)
+    _report_cut_captions(pictures, pipeline.tokenizer, accelerator)
+    training_set = TrainingSet(
+        records=pictures.records,
+        order=Order(
+            pictures.sizes,
+            seed=config.seed,
+            batch_size=config.train.batch_size,
+            sources=pictures.records.sources,
+            weights=pictures.weights,
+            repeats=pictures.repeats,
+        ),
+        sources=pictures.records.sources,
+        wordings=pictures.wordings,
+        store=store,
+        latent_keys=keys,
+        seed=config.seed,
+        scaling_factor=pipeline.vae.config.scaling_factor,
+        num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
+        flip=data.flip,
+        masks=data.masks,
+        caption_dropout=data.caption_dropout,
+        **_text(pictures, pipeline, store, accelerator, cached=cache_captions),
+    )
+    world = accelerator.num_processes
+    return StepBatches(
+        training_set,
+        steps=config.train.steps,
+        rank=accelerator.process_index,
+        world=world,
+        micro_batch_size=config.train.micro_batch_size or -(-config.train.batch_size // world),
+        workers=data.workers,
+    )
+
+
+def latent_keys(pictures: Pictures, pipeline: Pipeline, data: DataConfig) -> LatentKeys:
+    from data.cache import LatentKeys
+    from train.models import fingerprint
+
+    return LatentKeys(
+        pictures.records,
+        pictures.sizes,
+        fingerprint(pipeline.vae),
+        crops=[part.settings.crop or data.crop for part in pictures.parts],
+        sources=pictures.records.sources,
+        crop_variants=data.crop_variants,
+        background=data.background,
+    )
+
+
+def _cache_latents(
+    keys: LatentKeys,
+    store: TensorStore,
+    pipeline: Pipeline,
+    data: DataConfig,
+    accelerator: Accelerator,
+) -> None:
+    from data.cache import cache_latents
+    from train.models import latent_encoder
+
+    cache_latents(
+        keys,
+        store,
+        latent_encoder(pipeline.vae),
+        flip=data.flip,
+        batch_size=data.cache_batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        progress=progress("caching latents", accelerator.is_main_process),
+    )
+    accelerator.wait_for_everyone()
+    store.refresh()
+
+
+def _text(
+    pictures: Pictures,
+    pipeline: Pipeline,
+    store: TensorStore,
+    accelerator: Accelerator,
+    *,
+    cached: bool,
+) -> dict[str, Callable[..., Any]]:
+    """How the training set turns captions into conditioning: from the cache, or as token ids."""
+    from data.tokens import tokenize
+
+    tokens = max(wording_tokens(part.settings) for part in pictures.parts)
+    captions = pictures.captions if cached else None
+    if captions is None:
+        return {"tokenize": partial(tokenize, pipeline.tokenizer, max_tokens=tokens)}
+    key = _cache_captions(captions, store, pipeline, accelerator, max_tokens=tokens)
+    return {"embedding_key": key}
+
+
+def _cache_captions(
+    captions: list[str],
+    store: TensorStore,
+    pipeline: Pipeline,
+    accelerator: Accelerator,
+    *,
+    max_tokens: int,
+) -> Callable[[str], str]:
+    from data.cache import cache_captions, text_key
+    from train.models import caption_encoder, fingerprint, tokenizer_fingerprint
+
+    prints: dict[str, Any] = {
+        "text_encoder_fingerprint": fingerprint(pipeline.text_encoder),
+        "tokenizer_fingerprint": f"{tokenizer_fingerprint(pipeline.tokenizer)}-{max_tokens}",
+    }
+    cache_captions(
+        captions,
+        store,
+        caption_encoder(pipeline.tokenizer, pipeline.text_encoder, max_tokens=max_tokens),
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        progress=progress("caching captions", accelerator.is_main_process),
+        **prints,
+    )
+    accelerator.wait_for_everyone()
+    store.refresh()
+    return partial(text_key, **prints)
+
+
+def _report_cut_captions(pictures: Pictures, tokenizer: Any, accelerator: Accelerator) -> None:
+    """Says which captions are longer than what is read of them, on the main process."""
+    if not accelerator.is_main_process:
+        return
+    from data.listing import few
+    from data.tokens import cut_captions
+
+    for part in pictures.parts:
+        captions = [c for cs in part.source.table.column("captions") for c in cs]
+        ids = [
+            i
+            for i, cs in zip(
+                part.source.table.column("id"), part.source.table.column("captions"), strict=True
+            )
+            for _ in cs
+        ]
+        limit = wording_tokens(part.settings)
+        cut = cut_captions(tokenizer, captions, limit)
+        if cut:
+            named = [f"{ids[index]} ({tokens} tokens)" for index, tokens in cut]
+            print(
+                f"note     {few(f'captions cut at {limit} tokens', named)}; "
+                "data.captions.max_tokens=150 or 225 reads more",
+                flush=True,
+            )
