@@ -1,0 +1,62 @@
+"""Measures speed and memory on this machine, and prints a table and JSON.
+
+    python scripts/benchmark.py data
+    python scripts/benchmark.py data quick=true output=benchmark.json
+    python scripts/benchmark.py data parts='[decode, reading]'
+
+What is compared is measured in one run, in turns. The table is the one in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+from train.config import Section, UserError, command, load
+
+DataPart = Literal["decode", "planning", "reading", "memory", "edit"]
+
+
+class DataBenchmark(Section):
+    """Decoding, planning, reading and building of datasets (scripts/benchmark.py data)."""
+
+    output: Path | None = None
+    """JSON file for the figures; by default they are only printed."""
+    quick: bool = False
+    """A tenth or less of the work: figures to try it out, not to quote."""
+    parts: list[DataPart] = ["decode", "planning", "reading", "memory", "edit"]
+    """What to measure."""
+    scratch: Path | None = None
+    """Folder for some GiB of files made and removed; default: the system's own."""
+
+
+def main(arguments: list[str]) -> None:
+    task, *rest = arguments or [""]
+    if task in {"--help", "-h"}:
+        print((__doc__ or "").strip())
+    elif task == "data":
+        data(load(DataBenchmark, rest))
+    else:
+        raise UserError(f"say what to measure, and not {task!r}: python scripts/benchmark.py data")
+
+
+def data(config: DataBenchmark) -> None:
+    from scripts.benchmarks import data_benchmark, measuring
+
+    scale = data_benchmark.QUICK if config.quick else data_benchmark.FULL
+    results = data_benchmark.measure(config.parts, scale, scratch=config.scratch)
+    report = measuring.environment(sys.argv) | {"quick": config.quick, "results": results}
+    text = json.dumps(report, indent=2)
+    print(f"{text}\n\n{measuring.described(report)}\n\n{data_benchmark.table(results)}")
+    if config.output:
+        try:
+            config.output.parent.mkdir(parents=True, exist_ok=True)
+            config.output.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output={config.output} cannot be written ({error})") from None
+
+
+if __name__ == "__main__":
+    command(main)
