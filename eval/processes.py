@@ -20,6 +20,10 @@ def join() -> PartialState:
     """This process among those of `accelerate launch`, `torchrun` or plain `python`: its
     `process_index`, `num_processes`, `device`, `wait_for_everyone()`, `destroy_process_group()`."""
     import torch
+
+    # Imported once the processes are joined, as transformers would, it holds on to their group for
+    # good, and a thread of that group can then abort a process that has ended well.
+    import torch.distributed.nn.functional
     from accelerate import PartialState
 
     # Without cpu=True each of several processes without a GPU would take itself for the only one.

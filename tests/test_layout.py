@@ -173,7 +173,13 @@ for name in {light_entries()}:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("entry", ["train/lora.py", "scripts/generate.py"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "train/lora.py",
+        *(f"scripts/{name}.py" for name in ("generate", "prepare", "caption", "depth")),
+    ],
+)
 @pytest.mark.parametrize("arguments", ["['--help']", "['lora.rnk=3']"])
 def test_help_and_a_mistyped_key_are_answered_without_torch(entry, arguments):
     script = f"""

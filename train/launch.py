@@ -6,6 +6,10 @@ import os
 from datetime import timedelta
 
 import torch
+
+# Imported once the processes are joined, as diffusers would, it holds on to their group for good,
+# and a thread of that group can then abort a process that has ended well.
+import torch.distributed.nn.functional
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
