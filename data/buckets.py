@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.images import Size
-from train.config import UserError
+from train.config import Cropping, UserError
 
 ROUNDING = 1e-12  # more than the relative error of a squared ratio in float64
 
@@ -69,6 +69,19 @@ def plan_buckets(
         longest = _limits(smallest, step, min_side, max_side)[1]
         sizes[unfilled] = _inside(pictures[unfilled], smallest, step, longest)
     return sizes
+
+
+def buckets_of(cropping: Cropping, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    """`plan_buckets` as a configuration says: int32 (n, 2)."""
+    return plan_buckets(
+        widths,
+        heights,
+        resolutions=cropping.resolutions,
+        step=cropping.bucket_step,
+        min_side=cropping.min_side,
+        max_side=cropping.max_side,
+        upscale=cropping.upscale,
+    )
 
 
 def too_small(widths: np.ndarray, heights: np.ndarray, step: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data import selection
-from data.buckets import Account, account, bucket_table, plan_buckets
+from data.buckets import Account, account, bucket_table, buckets_of
 from data.checks import HEAVY_CROP, SPOKEN, STRONG_ENLARGEMENT, short_batches
 from data.duplicates import Match
 from data.fingerprints import ODDITIES, Fingerprints
@@ -120,15 +120,7 @@ def plan(table: Table, indices: np.ndarray, cropping: Cropping) -> tuple[np.ndar
     widths, heights = table.widths[indices], table.heights[indices]
     sizes = np.empty((0, 2), np.int32)
     if len(indices):
-        sizes = plan_buckets(
-            widths,
-            heights,
-            resolutions=cropping.resolutions,
-            step=cropping.bucket_step,
-            min_side=cropping.min_side,
-            max_side=cropping.max_side,
-            upscale=cropping.upscale,
-        )
+        sizes = buckets_of(cropping, widths, heights)
     return sizes, account(widths, heights, sizes)
 
 

@@ -149,7 +149,7 @@ def plan_sizes(config: PriorConfig, classes: int) -> list[Size] | None:
 
 def bucket_shares(config: PriorConfig) -> dict[Size, float]:
     """Which share of the pictures of `like` is in each bucket."""
-    from data.buckets import plan_buckets, too_small
+    from data.buckets import buckets_of, too_small
     from train.config import Cropping
 
     keys = ("resolution", "bucket_step", "min_side", "max_side", "upscale")
@@ -158,15 +158,7 @@ def bucket_shares(config: PriorConfig) -> dict[Size, float]:
     used = cropping.upscale | ~too_small(table.widths, table.heights, cropping.bucket_step)
     if not used.any():
         raise UserError(f"like={config.like}: upscale=false leaves out all of its pictures")
-    sizes = plan_buckets(
-        table.widths[used],
-        table.heights[used],
-        resolutions=cropping.resolutions,
-        step=cropping.bucket_step,
-        min_side=cropping.min_side,
-        max_side=cropping.max_side,
-        upscale=cropping.upscale,
-    )  # (n, 2)
+    sizes = buckets_of(cropping, table.widths[used], table.heights[used])  # (n, 2)
     counts = Counter((int(pair[0]), int(pair[1])) for pair in sizes)
     return {size: count / len(sizes) for size, count in sorted(counts.items())}
 

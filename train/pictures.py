@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from data.buckets import account, plan_buckets, too_small
+from data.buckets import account, buckets_of, too_small
 from data.records import Joined, Table
 from data.sources import Rejected, Source, complaint, quarantine, scan
 from data.wording import Wording
@@ -165,7 +165,7 @@ def bucketed(config: DataConfig, settings: SourceConfig, source: Source) -> Part
     """The source without the pictures too small for any bucket, and each one's bucket."""
     if not config.upscale:
         source = _without_small(config, source)
-    sizes = bucket_sizes(cropping(config, settings), source.table.widths, source.table.heights)
+    sizes = buckets_of(cropping(config, settings), source.table.widths, source.table.heights)
     return Part(settings, source, sizes)
 
 
@@ -193,19 +193,6 @@ def cropping(config: DataConfig, settings: SourceConfig) -> Cropping:
     """How the pictures of one source become pixels."""
     shared = {name: getattr(config, name) for name in Cropping.model_fields}
     return Cropping(**shared | {"resolution": settings.resolution, "crop": settings.crop})
-
-
-def bucket_sizes(cropping: Cropping, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """`plan_buckets` as a configuration says."""
-    return plan_buckets(
-        widths,
-        heights,
-        resolutions=cropping.resolutions,
-        step=cropping.bucket_step,
-        min_side=cropping.min_side,
-        max_side=cropping.max_side,
-        upscale=cropping.upscale,
-    )
 
 
 def _without_small(config: DataConfig, source: Source) -> Source:

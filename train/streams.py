@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.buckets import too_small
+from data.buckets import buckets_of, too_small
 from data.records import Record, Table
 from train.config import DataConfig
-from train.pictures import Part, Pictures, bucket_sizes, bucketed, cropping, policy, progress
+from train.pictures import Part, Pictures, bucketed, cropping, policy, progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -144,7 +144,7 @@ class _Passing:
     def _keys(self, table: Table) -> LatentKeys:
         from data.cache import LatentKeys
 
-        sizes = bucket_sizes(cropping(self.data, self.part.settings), table.widths, table.heights)
+        sizes = buckets_of(cropping(self.data, self.part.settings), table.widths, table.heights)
         return LatentKeys(
             table,
             sizes,
