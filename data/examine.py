@@ -31,28 +31,37 @@ class Facts(NamedTuple):
     """What there is to know of a picture's file."""
 
     file_bytes: int
-    modified: int  # nanoseconds since the epoch
+    modified: int  # as `stamp` makes it
     sha256: str
     width: int  # pixels, upright
     height: int
 
 
+def stamp(status: os.stat_result) -> tuple[int, int]:
+    """A file's size in bytes, and a number of 63 bits that is another one once the file was written
+    to, replaced or renamed. The modification time alone does not tell: two files of one batch can
+    have the same, and be exchanged."""
+    facts = (status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=8).digest()
+    return status.st_size, int.from_bytes(digest) >> 1
+
+
 def examine(path: str, known: Record | None = None) -> Facts:
-    """The facts of a picture that is decoded to the last pixel, unless `known` is of the same path,
-    size and modification time. Raises ValueError saying why it cannot be used."""
+    """The facts of a picture that is decoded to the last pixel, unless `known` is of the same path
+    and `stamp`. Raises ValueError saying why it cannot be used."""
     try:
         status = os.stat(path)
-        stamp = (status.st_size, status.st_mtime_ns)
+        seen = stamp(status)
         if known is not None and (known.location, known.file_bytes, known.modified) == (
             FILE + path,
-            *stamp,
+            *seen,
         ):
-            return Facts(*stamp, known.sha256, known.width, known.height)
+            return Facts(*seen, known.sha256, known.width, known.height)
         if not 0 < status.st_size <= MAX_FILE_BYTES:
             raise ValueError(wrong_size(status.st_size))
         with open(path, "rb") as file:
             content = file.read()
-        return Facts(*stamp, hashlib.sha256(content).hexdigest(), *decoded_size(content))
+        return Facts(*seen, hashlib.sha256(content).hexdigest(), *decoded_size(content))
     except Exception as error:  # a damaged file can raise nearly anything in a decoder
         raise ValueError(reason(error)) from None
 

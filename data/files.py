@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,9 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that stands at `path` once all of it is on the disk, and never in part, also
     through a crash: temporary file, fsync, rename, fsync of the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the name itself, which may be as long as names can be.
+    digest = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
+    temporary = path.with_name(f".{digest}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import chain, tee
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from data.columns import Columns, captions, find_columns, picture_columns
 from data.examine import (
@@ -31,11 +31,12 @@ from data.examine import (
     locked,
     reason,
     remembered,
+    stamp,
     store,
     wrong_size,
 )
 from data.files import Progress
-from data.listing import METADATA, Tally, shown
+from data.listing import MAX_TEXT_BYTES, METADATA, Tally, shown
 from data.records import FILE, ROW, Record
 from data.sources import Rejected, Source, complaint
 from train.config import UserError
@@ -223,9 +224,9 @@ class _Row(NamedTuple):
     id: str
     file: str  # the Arrow file it is in
     at: int  # its number there
-    stamp: tuple[int, int]  # that file's size in bytes and modification time in nanoseconds
+    stamp: tuple[int, int]  # that file's, as `data.examine.stamp` makes it
     picture: pa.Scalar
-    texts: Any
+    texts: pa.Scalar | None
 
 
 def scan_dataset(
@@ -303,12 +304,11 @@ def _why(path: str) -> str:
 def _rows(files: Sequence[str], columns: Columns) -> Iterator[_Row]:
     number = 0
     for file in files:
-        at, status = 0, os.stat(file)
+        at, seen = 0, stamp(os.stat(file))
         for batch in _arrow_file(file).select(columns.names).to_batches(max_chunksize=1024):
-            texts = batch.column(1).to_pylist() if columns.caption else [None] * batch.num_rows
+            texts = batch.column(1) if columns.caption else [None] * batch.num_rows
             for picture, text in zip(batch.column(0), texts, strict=True):
-                stamp = (status.st_size, status.st_mtime_ns)
-                yield _Row(f"row {number:08d}", file, at, stamp, picture, text)
+                yield _Row(f"row {number:08d}", file, at, seen, picture, text)
                 number, at = number + 1, at + 1
 
 
@@ -324,7 +324,7 @@ def _examined(
     row, known = task
     location = ROW + json.dumps([row.file, column, row.at])
     try:
-        texts = captions(row.texts, caption)
+        texts = _captions(row.texts, caption)
         content, path = _parts(row.picture)
         if content is None:
             location = ""
@@ -338,6 +338,17 @@ def _examined(
         return Record(row.id, location, texts, **facts._asdict())
     except Exception as error:  # a damaged picture can raise nearly anything in a decoder
         return Rejected(row.id, reason(error), location)
+
+
+def _captions(texts: pa.Scalar | None, default: str | None) -> tuple[str, ...]:
+    """A row's captions. Raises ValueError saying why they cannot be used."""
+    try:
+        found = captions(None if texts is None else texts.as_py(), default)
+    except UnicodeDecodeError:
+        raise ValueError("has a caption that is not UTF-8: mend it") from None
+    if any(len(text) > MAX_TEXT_BYTES for text in found):
+        raise ValueError(f"has a caption of more than {MAX_TEXT_BYTES} characters: shorten it")
+    return found
 
 
 def measured(content: bytes) -> tuple[str, int, int]:

@@ -46,6 +46,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # full decode, a natural picture of 12 megapixels differs by 0.6 to 1.0 of 255 on average then (45
 # to 49 dB); at 1.0 by 1.9 (40 dB), and at 2.0 a square bucket of 768 needs a full decode.
 COVER = 1.5
+_GREY_STEPS = {"L;2": 85, "L;4": 17}  # from one level of a PNG to the next, of 255
 ORIENTATION_TAG = 0x0112
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -82,20 +83,53 @@ def open_image(
 
 
 def decode(file: Path | IO[bytes], *, cover: Size | None = None) -> Image.Image:
-    """The first frame, decoded to the last pixel, in the mode of the file."""
+    """The first frame, decoded to the last pixel, in the mode of the file; 16-bit grey from black,
+    0, to white, 65535, whatever the file says of its levels. Raises as `open_image`."""
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(
                 f"{image.width} x {image.height} pixels are too many: at most {MAX_PIXELS} are read"
             )
-        if cover is not None:
+        stored = str(image.tile[0].args) if image.format == "PNG" and image.tile else ""
+        # Of a PNG that is not loaded yet, the orientation would load it and hide what is broken.
+        if cover is not None and image.format in ("JPEG", "MPO"):
             width, height = (math.ceil(COVER * side) for side in cover)
             sideways = orientation(image) >= 5
             image.draft(None, (height, width) if sideways else (width, height))
         image.load()
     if image.mode not in MODES:
         raise ValueError(f"pixels of kind {image.mode} are not understood: save it as 8-bit RGB")
+    _mend_clear_colour(image, stored)
+    _mend_levels(image)
     return image
+
+
+def _mend_clear_colour(image: Image.Image, stored: str) -> None:
+    """Makes a colour that a PNG calls transparent, kept as the file has it, one of the pixels'.
+    `stored`: Pillow's name for the file's pixels."""
+    clear = image.info.get("transparency")
+    if stored.startswith("RGB;16") and isinstance(clear, tuple):  # of which 8 bits are decoded
+        raise ValueError(
+            "has 16-bit colour, one of them transparent, which is not understood: save it with an "
+            "alpha channel, or as 8-bit"
+        )
+    if stored in _GREY_STEPS and isinstance(clear, int):
+        image.info["transparency"] = clear * _GREY_STEPS[stored]
+
+
+def _mend_levels(image: Image.Image) -> None:
+    """Spreads the 12-bit grey of a TIFF over 16, and inverts 16-bit grey that has white as 0, in
+    place; Pillow does neither (TIFF 6.0, section 8: BitsPerSample, PhotometricInterpretation).
+    """
+    tags = getattr(image, "tag_v2", None)
+    if tags is None or not image.mode.startswith("I;16"):
+        return
+    most = (1 << tags.get(258, (16,))[0]) - 1
+    inverted = tags.get(262) == 0
+    if most < 65535 or inverted:
+        levels = np.asarray(image).astype(np.uint32) * 65535 // most
+        levels = (65535 - levels if inverted else levels).astype(np.asarray(image).dtype)
+        image.paste(Image.fromarray(levels))
 
 
 def orientation(image: Image.Image) -> int:

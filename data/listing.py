@@ -116,6 +116,7 @@ def list_folder(folder: Path) -> Listing:
         what = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"data.path={folder} {what}: give the folder that holds the pictures")
     listing = Listing(folder.resolve())
+    _demand_utf8(listing.folder)
     kinds: Counter[str] = Counter()
     for entry, name in _walk(listing):
         if is_read(name) or entry.is_symlink():
@@ -125,9 +126,20 @@ def list_folder(folder: Path) -> Listing:
     listing.names.sort()
     _drop_twins(listing)
     if kinds:
-        counted = [f"{count} x {kind or 'no extension'}" for kind, count in sorted(kinds.items())]
+        counted = [
+            f"{count} x {shown(kind) or 'no extension'}" for kind, count in sorted(kinds.items())
+        ]
         listing.notes.append("files of kinds that are not read: " + ", ".join(counted))
     return listing
+
+
+def _demand_utf8(folder: Path) -> None:
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"data.path={_id(str(folder))} is a path that is not UTF-8: rename the folder"
+        ) from None
 
 
 def is_read(name: str) -> bool:

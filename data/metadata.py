@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from tempfile import SpooledTemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from data.companions import Focus, Kind
 from data.images import EXTENSIONS
 from data.listing import CAPTION_EXTENSIONS, MAX_TEXT_BYTES, Listing, Tally, extension, shown
 from train.config import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CAPTION_KEYS = ("text", "caption", "captions", "prompt")
 MAX_LINE_BYTES = 1 << 20
@@ -37,6 +40,7 @@ class Metadata(Layout):
         super().__init__(listing)
         self._file = file
         self._keys = (column,) if column else CAPTION_KEYS
+        self._seen: set[str] = set()  # which of the keys some line has
         self._entries = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115
         self._starts = np.full(len(listing.names), -1, dtype=np.int64)
         self._companions = np.zeros(len(listing.names), dtype=bool)
@@ -48,6 +52,11 @@ class Metadata(Layout):
         self.pictures = [listing.names[at] for at in listed]
         if not len(listed) and not listing.problems:
             raise UserError(f"{listing.folder / file} lists no pictures: list them, or remove it")
+        if column and len(listed) and not self._seen:
+            raise UserError(
+                f"data.caption_column={column}: no line of {listing.folder / file} has it; name "
+                "the one that holds the captions"
+            )
         self.recognised = f"{len(listed)} pictures listed in {file}, which {listing.folder} holds"
         self._note_unused()
 
@@ -106,7 +115,8 @@ class Metadata(Layout):
         return entry
 
     def _texts(self, line: Mapping[str, Any]) -> list[str]:
-        key = next((key for key in self._keys if line.get(key) is not None), None)
+        self._seen.update(key for key in self._keys if key in line)
+        key = next((key for key in self._keys if not _is_blank(line.get(key))), None)
         if key is None:
             return []
         texts = [line[key]] if isinstance(line[key], str) else line[key]
@@ -119,9 +129,10 @@ class Metadata(Layout):
         if not isinstance(value, str):
             raise ValueError(f'"{key}" must be a string, the path of a file below the folder')
         path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts or "\\" in value or "://" in value:
-            raise ValueError(f"{key} {shown(value)} must be a path below the folder, with /")
         name = unicodedata.normalize("NFC", path.as_posix())
+        foreign = "\\" in value and name not in self.listing  # in a name it may stand, on Linux
+        if path.is_absolute() or ".." in path.parts or foreign or "://" in value:
+            raise ValueError(f"{key} {shown(value)} must be a path below the folder, with /")
         if name not in self.listing:
             why = self.listing.problems.get(name, "is not in the folder: mend the name")
             raise ValueError(f"{key} {shown(value)} {why}")
@@ -138,6 +149,10 @@ class Metadata(Layout):
                     pictures.add(name)
         self.listing.notes += pictures.note(f"pictures that {self._file} does not list, not used")
         self.listing.notes += texts.note(f"text files, not used as {self._file} holds the captions")
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _clean(text: str, key: str) -> str:
@@ -166,7 +181,7 @@ def _read(path: str, keys: Sequence[str]) -> Lines:
         if path.endswith(".jsonl"):
             yield from _json_lines(path)
         elif path.endswith(".csv"):
-            yield from _csv_lines(path)
+            yield from _csv_lines(path, keys)
         else:
             yield from _parquet_rows(path, keys)
     except OSError as error:
@@ -198,7 +213,7 @@ def _parse(line: bytes) -> Mapping[str, Any] | str:
     return entry
 
 
-def _csv_lines(path: str) -> Lines:
+def _csv_lines(path: str, keys: Sequence[str]) -> Lines:
     # Bytes that are not UTF-8 become surrogates, so that the line they are in can be named.
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = csv.reader(file, strict=True)
@@ -212,7 +227,8 @@ def _csv_lines(path: str) -> Lines:
                 yield rows.line_num, f"is not CSV ({error}): quote its cells rightly"
                 continue
             if header is None:
-                header = _header(cells, path)
+                header = [cell.strip() for cell in cells]
+                _used(header, path, keys)
             elif len(cells) > len(header):
                 yield (
                     rows.line_num,
@@ -222,19 +238,19 @@ def _csv_lines(path: str) -> Lines:
                 yield rows.line_num, dict(zip(header, cells, strict=False))
 
 
-def _header(cells: list[str], path: str) -> list[str]:
-    header = [cell.strip() for cell in cells]
-    _demand_file_name(header, path)
-    return header
-
-
-def _demand_file_name(columns: list[str], path: str) -> None:
+def _used(columns: list[str], path: str, keys: Sequence[str]) -> list[str]:
+    """Those of the columns that are read. Raises UserError where that is not clear."""
     if "file_name" not in columns:
         found = ", ".join(shown(column) for column in columns[:20]) or "none"
         raise UserError(
             f"{path} needs a column file_name, and one for the captions, text (in a csv parted by "
             f"commas); its columns are: {found}"
         )
+    used = [name for name in columns if name in {"file_name", "focus", *companions.KINDS, *keys}]
+    twice = next((name for name in used if used.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path} has more than one column {shown(twice)}: keep one of them")
+    return used
 
 
 def _parquet_rows(path: str, keys: Sequence[str]) -> Lines:
@@ -243,10 +259,22 @@ def _parquet_rows(path: str, keys: Sequence[str]) -> Lines:
 
     try:
         with parquet.ParquetFile(path) as file:
-            _demand_file_name(file.schema_arrow.names, path)
-            used = {"file_name", "focus", *companions.KINDS, *keys}
-            columns = [name for name in file.schema_arrow.names if name in used]
+            columns = _used(file.schema_arrow.names, path, keys)
             batches = file.iter_batches(batch_size=1024, columns=columns)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+            yield from enumerate((row for batch in batches for row in _rows(batch)), start=1)
     except pa.ArrowException as error:
         raise UserError(f"{path} is not a parquet file that can be read ({error})") from error
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[Mapping[str, Any] | str]:
+    """The rows of a batch; of one that is no text or no number Python has, what is wrong."""
+    try:
+        yield from batch.to_pylist()
+    except ValueError:
+        for at in range(batch.num_rows):
+            try:
+                yield batch.slice(at, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield "is not UTF-8: save the file as UTF-8"
+            except ValueError as error:
+                yield f"cannot be read ({error}): mend it"

@@ -21,7 +21,7 @@ from train.config import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION = 2  # to be raised whenever a picture accepted before could be refused now
+VERSION = 3  # to be raised whenever a picture accepted before could be refused now
 ROWS_AT_ONCE = 2048  # a row that is read brings its neighbours into memory
 FILE, ROW, STREAM = "file:", "row:", "stream:"  # how a location begins
 
@@ -53,7 +53,8 @@ class Record:
     file_bytes: int = 0
     """Size of the file, and with `modified` what tells an index that it is the same."""
     modified: int = 0
-    """Nanoseconds since the epoch."""
+    """Number made of the file's times of modification and of change and its inode, as
+    `data.examine.stamp` makes it."""
 
     @property
     def path(self) -> Path | None:

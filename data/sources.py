@@ -61,8 +61,8 @@ def scan(
     pictures that have none. With masks and depth, those beside the pictures are looked up, and a
     picture without a depth map cannot be used.
 
-    index: Arrow file in which a picture whose size and modification time are known from the last
-    scan is remembered, so that it is not read again. Several processes may scan at the same time.
+    index: Arrow file in which a picture is remembered, so that it is not read again as long
+    as its file is the same by size, times and inode. Several processes may scan at the same time.
     `progress(done, total)` counts pictures.
 
     Raises UserError naming everything that is wrong, the first 20 by name. With on_bad="report"

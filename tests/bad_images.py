@@ -143,17 +143,38 @@ def _deep() -> dict[str, Kind]:
         "grey-16.png": _read(encode(grey[..., 0]), grey8.repeat(3, axis=2), 1),
         "grey-16-tif.tif": _read(encode(grey[..., 0], "TIFF"), grey8.repeat(3, axis=2), 1),
         "colour-16.png": _read(_png(64, 48, 16, 2, colour.astype(">u2").tobytes()), colour8, 1),
+        "inverted-16.tif": _read(
+            _tiff(64, 48, 16, 0, (65535 - grey).astype("<u2").tobytes()), grey8.repeat(3, axis=2), 1
+        ),
+        "grey-12.tif": _read(_tiff(64, 48, 12, 1, _in_12_bits(grey)), grey8.repeat(3, axis=2), 1),
         "alpha-16.png": _read(_png(64, 48, 16, 6, veiled.astype(">u2").tobytes()), colour8, 1),
     }
 
 
-def _png(width: int, height: int, depth: int, colour: int, samples: bytes) -> bytes:
-    """A PNG by hand (its specification, 5 and 11.2), for what Pillow cannot write."""
+def _png(
+    width: int, height: int, depth: int, colour: int, samples: bytes, *before: tuple[bytes, bytes]
+) -> bytes:
+    """A PNG by hand (its specification, 5 and 11.2), for what Pillow cannot write.
+    `before`: chunks that stand before the pixels."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     row = len(samples) // height
     filtered = b"".join(b"\0" + samples[at * row : (at + 1) * row] for at in range(height))
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(filtered)), (b"IEND", b"")]
+    chunks = [(b"IHDR", header), *before, (b"IDAT", zlib.compress(filtered)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
+
+
+def _in_12_bits(grey: np.ndarray) -> bytes:
+    one, other = (grey.ravel() >> 4).reshape(-1, 2).T
+    packed = [one >> 4, (one & 15) << 4 | other >> 8, other & 255]
+    return np.stack(packed, axis=1).astype(np.uint8).tobytes()
+
+
+def _tiff(width: int, height: int, depth: int, photometric: int, samples: bytes) -> bytes:
+    """A grey TIFF by hand (TIFF 6.0, sections 2 and 4)."""
+    tags = {256: width, 257: height, 258: depth, 259: 1, 262: photometric, 273: 122, 277: 1}
+    tags |= {278: height, 279: len(samples)}  # the pixels in one strip, at byte 8 + 2 + 9 * 12 + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + samples
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:
@@ -172,9 +193,19 @@ def _transparent() -> dict[str, Kind]:
         "alpha-webp.webp": _read(
             encode(veiled, "WEBP", lossless=True, exact=True), _on_white(veiled), 1
         ),
+        **_clear_greys(),
         "alpha-grey.png": _read(encode(Image.fromarray(grey, "LA")), _on_white(grey), 1),
         "palette-hole.png": _read(encode(palette, "PNG", **opacity), hole),
         "palette-hole-gif.gif": _read(encode(palette, "GIF", **opacity), hole),
+    }
+
+
+def _clear_greys() -> dict[str, Kind]:
+    """Four greys of which the second is transparent, in two bits and in four."""
+    pixels = np.array([0, 255, 170, 255], np.uint8).reshape(1, 4, 1).repeat(3, axis=2)
+    return {
+        f"grey-{depth}-hole.png": _read(_png(4, 1, depth, 0, packed, (b"tRNS", clear)), pixels)
+        for depth, packed, clear in ((2, b"\x1b", b"\0\1"), (4, b"\x05\xaf", b"\0\5"))
     }
 
 
@@ -329,6 +360,10 @@ def _damaged() -> dict[str, Kind]:
     broken_exif = b"Exif\0\0II*\0\xff\xff\xff\xff broken"
     heic = struct.pack(">I", 24) + b"ftypheic\0\0\0\0heicmif1" + bytes(400)
     bomb = _png(60_000, 60_000, 8, 2, b"")
+    middle = len(drawing) // 2  # of the zlib stream
+    flipped = drawing[:middle] + bytes(255 - at for at in drawing[middle : middle + 2])
+    flipped += drawing[middle + 2 :]
+    clear = (b"tRNS", struct.pack(">3H", 0, 0, 0))
     return {
         "broken-exif.jpg": _read(encode(quarters(), "JPEG", exif=broken_exif), tolerance=LOSSY),
         "orientation-unknown.jpg": _read(
@@ -337,6 +372,8 @@ def _damaged() -> dict[str, Kind]:
         "empty.jpg": _refused(b"", "is empty"),
         "cut.jpg": _refused(photo[: len(photo) // 2], "truncated"),
         "cut-png.png": _refused(drawing[: len(drawing) // 2], "truncated"),
+        "flipped-png.png": _refused(flipped, "cannot be decoded"),
+        "colour-16-hole.png": _refused(_png(1, 1, 16, 2, bytes(6), clear), "alpha"),
         "text.jpg": _refused(b"This is a text, whatever its name says.\n", "not a picture"),
         "page.jpg": _refused(b"<!doctype html><title>404 Not Found</title>", "not a picture"),
         "postscript.png": _refused(

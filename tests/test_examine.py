@@ -132,3 +132,17 @@ def test_rows_are_matched_by_name():
     rows = [Record(name, "", (), 1, 1, "") for name in ("a", "c", "e", "f")]
     matched = remembered(["b", "c", "d", "f", "g"], rows)
     assert [row and row.id for row in matched] == [None, "c", None, "f", None]
+
+
+def test_files_that_change_places_are_read_again(folder, tmp_path):
+    for name, colour in (("a", b"\1"), ("b", b"\2")):
+        # After the last chunk, where nothing is looked at.
+        (folder / f"{name}.png").write_bytes((folder / "c.png").read_bytes() + colour)
+        os.utime(folder / f"{name}.png", ns=(10**18, 10**18))
+    first = scan(folder, index=tmp_path / "index.arrow").table
+    (folder / "a.png").rename(folder / "t")
+    (folder / "b.png").rename(folder / "a.png")
+    (folder / "t").rename(folder / "b.png")
+    again = scan(folder, index=tmp_path / "index.arrow").table
+    assert first[0].sha256 != first[1].sha256
+    assert [record.sha256 for record in again][:2] == [first[1].sha256, first[0].sha256]

@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data import hugging_face
@@ -140,6 +142,17 @@ def test_bad_rows_are_named_with_their_reasons(saved):
     message = complaint(path)
     assert "row 00000003" in message and "on_bad_image" in message
     assert any("left out (6)" in note for note in found.notes)
+
+
+def test_a_caption_that_is_too_long_or_not_utf8_is_of_its_row(saved, tmp_path):
+    path = saved(dataset(2, text=["good", "x" * (1 << 17)]))
+    found = scan(path, on_bad="report")
+    assert len(found.table) == 1 and "more than 65536" in found.rejected[0].reason
+    pictures = [{"bytes": picture(), "path": "x"}] * 2
+    texts = pa.array([b"caf\xe9", b"fine"]).view(pa.string())
+    pq.write_table(pa.table({"image": pictures, "text": texts}), tmp_path / "latin.parquet")
+    found = scan(tmp_path / "latin.parquet", on_bad="report")
+    assert found.table[0].captions == ("fine",) and "UTF-8" in found.rejected[0].reason
 
 
 def test_captions_may_be_several_or_one_for_all(saved):

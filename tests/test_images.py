@@ -27,6 +27,7 @@ from data.images import (
     to_tensor,
     upright_size,
 )
+from tests import bad_images
 from train.config import ROOT
 
 
@@ -307,3 +308,20 @@ def test_tensors_are_channels_first_in_minus_one_to_one():
     tensor = to_tensor(np.asarray(corners().crop((0, 0, 31, 20))))
     assert tensor.shape == (3, 20, 31) and str(tensor.dtype) == "torch.float32"
     assert tensor[0, 0, 0] == pytest.approx(250 / 127.5 - 1) and tensor[2, 0, 0] == -1
+
+
+@pytest.mark.parametrize("cover", [None, (1, 1), (30, 20)])
+def test_a_broken_png_is_refused_at_any_size(cover):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    content = bytearray(stored(noise, "PNG").getvalue())
+    content[len(content) // 2] ^= 0xFF
+    with pytest.raises(OSError):
+        decode(io.BytesIO(content), cover=cover)
+
+
+def test_the_levels_of_a_deep_tiff_are_spread_over_all():
+    """Also for those that take the picture as it is decoded, as depth maps are."""
+    content = dict(bad_images.kinds())
+    for name in ("inverted-16.tif", "grey-12.tif"):
+        levels = np.asarray(decode(io.BytesIO(content[name][0])))
+        assert (levels.min(), levels.max()) == (0, 65535) and levels[0, 0] == 0

@@ -171,3 +171,44 @@ def test_a_picture_without_text_has_no_caption(folder):
     assert {why for (why,) in found(folder, caption="x").values()} == {"x"}
     message = refusal(folder)
     assert "a.png: has no caption" in message and "b.png: has no caption" in message
+
+
+def test_a_caption_column_that_is_nowhere_is_refused(folder):
+    metadata(folder, {"file_name": "a.png", "text": "x"}, {"file_name": "b.png"})
+    assert "caption_column=nope: no line" in refusal(folder, caption_column="nope", caption="y")
+    assert found(folder, caption_column="text", caption="y")["b.png"] == ("y",)
+
+
+def test_an_empty_cell_gives_way_to_a_filled_one(folder):
+    (folder / "metadata.csv").write_text("file_name,text,caption\na.png, ,filled\nb.png,x,y\n")
+    assert found(folder) == {"a.png": ("filled",), "b.png": ("x",)}
+
+
+def test_a_column_that_is_there_twice_is_refused(folder):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    (folder / "metadata.csv").write_text("file_name,,text,,text\na.png,,x,,y\n")
+    assert "metadata.csv has more than one column text" in refusal(folder)
+    (folder / "metadata.csv").unlink()
+    table = pa.table([["a.png"], ["x"], ["y"]], names=["file_name", "text", "text"])
+    parquet.write_table(table, folder / "metadata.parquet")
+    assert "metadata.parquet has more than one column text" in refusal(folder)
+
+
+def test_a_parquet_row_that_is_not_utf8_is_named(folder):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    texts = pa.array([b"fine", b"caf\xe9"]).view(pa.string())
+    table = pa.table({"file_name": ["a.png", "b.png"], "text": texts})
+    parquet.write_table(table, folder / "metadata.parquet")
+    assert "metadata.parquet:2: is not UTF-8" in refusal(folder)
+    assert found(folder)["a.png"] == ("fine",)
+
+
+def test_a_backslash_may_stand_in_a_name_that_is_there(folder):
+    picture(folder / "a\\b.png", None)
+    metadata(folder, {"file_name": "a\\b.png", "text": "x"}, {"file_name": "sub\\c.png"})
+    assert found(folder)["a\\b.png"] == ("x",)
+    assert "sub\\c.png must be a path below" in refusal(folder)

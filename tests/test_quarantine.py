@@ -24,10 +24,28 @@ def test_rejected_files_are_copied_with_their_reasons_once(tmp_path):
     assert (kept / "sub" / "bad.png").stat().st_ino == inode
     assert {path.name for path in kept.rglob("*")} == {"sub", "bad.png", "reasons.txt"}
     reasons = (kept / "reasons.txt").read_text()
-    assert "sub/bad.png: is not a picture" in reasons and "out.png: is a link" in reasons
+    assert "sub/bad.png:\tis not a picture" in reasons and "out.png:\tis a link" in reasons
     assert sorted(path.name for path in folder.rglob("*.png")) == sorted(
         ["good.png", "bad.png", "out.png", "pipe.png"]
     )
+
+
+def test_a_copy_goes_once_its_file_is_mended_and_nothing_else_does(tmp_path):
+    folder, kept = tmp_path / "set", tmp_path / "kept"
+    names = ["sub/bad.png", "new\nline.png", "a: b.png", "worse.png", "x" * 250 + ".png"]
+    for name in ("good.png", *names):
+        picture(folder / name, "x" if len(name) < 99 else None)
+    for name in names:
+        (folder / name).write_bytes(b"hello")
+    assert quarantine(scan(folder, on_bad="report").rejected, kept) == len(names)
+    (kept / "sub" / "mine.png").write_text("mine")
+    (kept / "notes.txt").write_text("mine")
+    for name in names[:3]:
+        picture(folder / name)
+    assert quarantine(scan(folder, on_bad="report").rejected, kept) == 2
+    left = {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()}
+    assert left == {"reasons.txt", "notes.txt", "sub/mine.png", *names[3:]}
+    assert "bad.png" not in (kept / "reasons.txt").read_text()
 
 
 @pytest.mark.parametrize("id", ["../up.png", "/tmp/up.png", "a/../../up.png", "", "inner/up.png"])

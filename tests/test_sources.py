@@ -223,3 +223,15 @@ def test_progress_counts_the_pictures(tmp_path):
     seen: list[tuple[int, int]] = []
     scan(tmp_path, progress=lambda *counts: seen.append(counts))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_folder_whose_path_is_not_utf8_is_refused(tmp_path):
+    folder = tmp_path / os.fsdecode(b"set\xff")
+    picture(folder / "a.png")
+    assert "set\\udcff is a path that is not UTF-8: rename" in refusal(folder)
+
+
+def test_notes_can_be_written_down_whatever_the_names_are(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / os.fsdecode(b"b.\xff")).write_text("")
+    "\n".join(scan(tmp_path).notes).encode()
