@@ -115,6 +115,8 @@ def warnings(report: Mapping[str, Any]) -> list[dict[str, str]]:
         _nothing_left,
         _rejected,
         _leaks,
+        _unread_held_out,
+        _left_from_before,
         _few,
         _no_held_out,
         _cut,
@@ -156,8 +158,8 @@ def _rejected(report: Mapping[str, Any]) -> str:
         return ""
     names = _for_example([bad["id"] for bad in report["rejected"]], count)
     return (
-        f"{many(count, 'file')} cannot be used{names}. The list below says why: mend them and run "
-        "this again, or go on without them."
+        f"{many(count, 'file')} cannot be used{names}. The report says why: mend them and run this "
+        "again, or go on without them."
     )
 
 
@@ -168,6 +170,28 @@ def _leaks(report: Mapping[str, Any]) -> str:
     return (
         f"{many(len(leaks), 'picture', 'shows')} what a picture in {report['against']['path']} "
         "shows, so an evaluation there would flatter: set duplicates=remove."
+    )
+
+
+def _unread_held_out(report: Mapping[str, Any]) -> str:
+    rejected = report["against"]["rejected"] if report["against"] else []
+    if not rejected:
+        return ""
+    names = _for_example([bad["id"] for bad in rejected], len(rejected))
+    return (
+        f"{many(len(rejected), 'file')} in {report['against']['path']} cannot be read{names}, so "
+        "pictures that show the same may be left in: mend or remove them and run this again."
+    )
+
+
+def _left_from_before(report: Mapping[str, Any]) -> str:
+    count = report["left_from_before"]
+    if not count:
+        return ""
+    return (
+        f"files=none left the {many(count, 'file')} of an earlier run in "
+        f"{report['settings']['output']} as they were, which this report does not describe: run "
+        "again without files=none, or remove them."
     )
 
 
@@ -237,7 +261,7 @@ def _other_captions(report: Mapping[str, Any]) -> str:
         return ""
     return (
         f"{many(count, 'duplicate', 'has')} another caption than the picture kept for it: look "
-        "whether the better caption was kept."
+        "in the report whether the better one was kept, and if not, move it in the source."
     )
 
 

@@ -19,12 +19,13 @@ import numpy as np
 from PIL import Image
 
 from data.duplicates import SIDE, Prints, print_of
+from data.examine import reason
 from data.files import Progress
 from data.images import FORMATS, Colour, open_image, orientation
 from data.records import Record
 from train.config import UserError
 
-VERSION = 1  # to be raised whenever a picture would get other copies or other oddities
+VERSION = 2  # to be raised whenever a picture would get other copies or other oddities
 READERS = min(8, os.cpu_count() or 1)
 ODDITIES = {
     "sideways": "turned upright, as the orientation in the file says",
@@ -135,9 +136,14 @@ def _look(record: Record, background: Colour) -> np.ndarray:
     if hashlib.sha256(content).hexdigest() != record.sha256:
         raise UserError(f"{record.id} was changed while it was being read: run this again")
     row = np.zeros((), _ROW)
-    row["sha256"], row["oddities"] = record.sha256, _oddities(content)
-    image = open_image(io.BytesIO(content), background, cover=(2 * SIDE, 2 * SIDE))
-    row["print"] = print_of(image)
+    try:
+        row["sha256"], row["oddities"] = record.sha256, _oddities(content)
+        image = open_image(io.BytesIO(content), background, cover=(2 * SIDE, 2 * SIDE))
+        row["print"] = print_of(image)
+    except Exception as error:  # a damaged file can raise nearly anything in a decoder
+        raise UserError(
+            f"{record.path or record.id} {reason(error)}: mend it or take it out of the source"
+        ) from error
     row["check"] = _check(row)
     return row
 
@@ -149,7 +155,14 @@ def _oddities(content: bytes) -> int:
             orientation(image) != 1,
             image.has_transparency_data,
             image.mode == "CMYK",
-            getattr(image, "n_frames", 1) > 1 and image.format != "MPO",
+            image.format != "MPO" and _animated(image),
             image.mode.startswith("I;16"),
         )
     return sum(bit << k for k, bit in enumerate(present))
+
+
+def _animated(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "n_frames", 1) > 1
+    except Exception:  # what comes after the first frame is damaged; it is not used
+        return True

@@ -11,7 +11,6 @@ import numpy as np
 
 from data import duplicates
 from data.duplicates import Match, Prints
-from data.files import Progress, silent
 from data.records import Table
 
 
@@ -81,19 +80,19 @@ def by_score(
 def find_duplicates(
     table: Table,
     prints: Prints,
+    groups: np.ndarray,
     chosen: np.ndarray,
     *,
     distance: int,
     default: str | None,
-    progress: Progress = silent,
-) -> tuple[np.ndarray, list[Match]]:
-    """The group of each picture of `chosen` (m,), and which pictures double a better one.
+) -> list[Match]:
+    """Which pictures of `chosen` (m,) double a better one of them; `groups` (n,) are those of all
+    pictures.
 
     Better is who has more pixels, then who has a caption of its own (not the `default`), then whose
     id is first. The indices of the matches are those of the table.
     """
-    some = Prints(prints.pixels, prints.index[chosen])
-    labels = duplicates.groups(some, distance=distance, progress=progress)
+    labels = groups[chosen]
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
     matches: list[Match] = []
@@ -101,7 +100,7 @@ def find_duplicates(
         if len(members) > 1:
             ranked = _best_first(table, chosen[members], default)
             matches += duplicates.thin(prints, ranked, distance=distance)[1]
-    return labels, matches
+    return matches
 
 
 def _best_first(table: Table, members: np.ndarray, default: str | None) -> list[int]:

@@ -245,7 +245,7 @@ def _figure(name: str, label: str, pictures: _Pictures) -> str:
     return (
         f"<figure>{pictures.thumbnail(name)}<figcaption>{escape(name)}"
         f"<small>{escape(label)}</small><small>{record.width} x {record.height}</small>"
-        f"</figcaption></figure>"
+        f'<small class="clamp">{escape(record.captions[0])}</small></figcaption></figure>'
     )
 
 

@@ -56,7 +56,13 @@ def held_out(settings: EvaluationConfig) -> list[Record]:
             "see, evaluation.path=DIR"
         )
     find_extractor(settings.clip)
-    records = list(scan(settings.path).table)
+    try:
+        records = list(scan(settings.path).table)
+    except UserError as error:
+        named = str(error).replace("data.path=", "evaluation.path=")
+        raise UserError(
+            named.replace(", or leave them out with data.on_bad_image=report", "")
+        ) from None
     if len(records) < 2:
         raise UserError(f"evaluation.path={settings.path} holds {len(records)} picture; use more")
     return records

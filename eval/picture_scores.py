@@ -222,8 +222,10 @@ def score_all(
 
 def _loader(records: Sequence[Record], background: Colour, side: int) -> Callable[[int], Pixels]:
     def load(k: int) -> Pixels:
-        file = io.BytesIO(records[k].read())
-        image = open_image(file, background, cover=(side, side))
+        content = records[k].read()
+        if hashlib.sha256(content).hexdigest() != records[k].sha256:
+            raise UserError(f"{records[k].id} was changed while it was being read: run this again")
+        image = open_image(io.BytesIO(content), background, cover=(side, side))
         shortest = min(image.size)
         if shortest > 4 * side:  # a large picture that cannot be decoded at a fraction
             image.thumbnail((10**6, 4 * side) if image.height == shortest else (4 * side, 10**6))

@@ -12,30 +12,42 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from data import selection, splitting
+from data import duplicates, selection, splitting
 from data.buckets import too_small
 from data.checks import caption_statistics, token_counter, warnings
 from data.duplicates import DISTANCE, Match, Prints, matches_between
 from data.files import Progress, whole, write_atomically
 from data.fingerprints import Fingerprints, fingerprints
 from data.images import WHITE
-from data.prepared import publish
+from data.listing import NAMED_AT_MOST, shown
+from data.prepared import LOCK, alone, publish, published
 from data.records import Table
 from data.selection import Selection
 from data.sources import Source, quarantine, scan
 from eval import dataset_account as account
 from eval.dataset_report import verdict, write_dataset_report
-from train.config import Cropping, Section, UserError, command, load
+from train.config import Colour, Cropping, Section, UserError, command, load
 
 INDEX = "index.arrow"
+
+
+S = TypeVar("S", bound=Section)
+
+
+def demand_model(section: S, key: str, model: object, limit: str) -> S:
+    """A limit that somebody set needs what measures it, or it would leave out nothing."""
+    if model is None and limit in section.model_fields_set and getattr(section, limit) is not None:
+        raise ValueError(f"{key.partition('.')[0]}.{limit} is set, but {key} is not: give it too")
+    return section
 
 
 class AestheticConfig(Section):
@@ -48,6 +60,10 @@ class AestheticConfig(Section):
     minimum: float | None = 4.5
     """Pictures with a lower score are left out; null: only reported."""
 
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        return demand_model(self, "aesthetic.head", self.head, "minimum")
+
 
 class ClipConfig(Section):
     model: str | None = None
@@ -55,6 +71,10 @@ class ClipConfig(Section):
     minimum: float | None = Field(None, ge=-1, le=1)
     """Pictures whose cosine with their caption is lower are left out; models differ in what is
     usual, so look at the histogram first."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        return demand_model(self, "clip.model", self.model, "minimum")
 
 
 class NsfwConfig(Section):
@@ -64,6 +84,10 @@ class NsfwConfig(Section):
     """The label that counts; default: the one with "nsfw" in it."""
     maximum: float | None = Field(0.5, ge=0, le=1)
     """Pictures with a higher probability are left out; null: only reported."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        return demand_model(self, "nsfw.model", self.model, "maximum")
 
 
 class PrepareConfig(Cropping):
@@ -88,7 +112,7 @@ class PrepareConfig(Cropping):
     """As data.caption."""
     on_bad_image: Literal["report", "quarantine", "abort"] = "report"
     """As data.on_bad_image; quarantine copies them to OUTPUT/quarantine."""
-    background: tuple[int, int, int] = WHITE
+    background: Colour = WHITE
     """As data.background."""
     masks: bool = False
     """As data.masks."""
@@ -107,7 +131,9 @@ class PrepareConfig(Cropping):
     """A held-out set that exists already: pictures that show the same as one there are left out
     too (with duplicates=remove) or reported."""
     held_out: float = Field(0.0, ge=0)
-    """Pictures to hold out for evaluation: a share below 1, or a number of pictures."""
+    """Pictures to hold out for evaluation: a share below 1, or a number of pictures. What an
+    earlier run in the same output held out stays so, and so does what it trained on, until this or
+    seed is changed."""
     seed: int = 0
     """Which pictures are held out."""
     tokenizer: str | None = None
@@ -138,6 +164,11 @@ def main(arguments: list[str]) -> None:
     config = load(PrepareConfig, arguments)
     refuse_overlap(config)
     make_folder(config.output)
+    with alone(config.output):
+        prepare(config)
+
+
+def prepare(config: PrepareConfig) -> None:
     source = read_source(config)
     table, chosen = source.table, Selection(len(source.table))
     looked = fingerprints(table, config.output, config.background, reporter("looked at"))
@@ -163,6 +194,7 @@ def main(arguments: list[str]) -> None:
         "scores": account.scores_account(scores, limits(config)),
         **account.geometry(table, training, config, batch_size=config.batch_size),
         "captions": captions(chosen, table, config),
+        "left_from_before": published(config.output) if config.files == "none" else 0,
     }
     report["warnings"] = warnings(report)
     write(report, chosen, table, held_out, scores, config)
@@ -174,7 +206,13 @@ def main(arguments: list[str]) -> None:
 
 def refuse_overlap(config: PrepareConfig) -> None:
     """Nothing of the source is touched, and nothing written is taken for a source."""
-    output = config.output.resolve()
+    try:
+        output = config.output.resolve()
+        str(output).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"output={shown(str(config.output))} is not UTF-8: choose another folder"
+        ) from None
     for key, text in (("source", config.source), ("against", config.against)):
         path = Path(text or "").resolve()
         if text is None or text.startswith("hf:"):
@@ -186,10 +224,16 @@ def refuse_overlap(config: PrepareConfig) -> None:
 
 
 def make_folder(folder: Path) -> None:
+    ours = {INDEX, LOCK, "report.json"}
+    if folder.is_dir() and (there := {path.name for path in folder.iterdir()}) and not there & ours:
+        raise UserError(
+            f"output={folder} holds something else ({sorted(there)[0]}): give a new folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ".writable", b"")
-        (folder / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        (folder / LOCK).touch()
     except OSError as error:
         raise UserError(f"output={folder} cannot be written ({error.strerror or error})") from error
 
@@ -219,10 +263,11 @@ def read_source(config: PrepareConfig) -> Source:
     return source
 
 
-def _own_keys(text: str) -> str:
+def _own_keys(text: str, key: str = "source") -> str:
     """What a message calls data.caption is caption here, and data.path is source."""
-    text = re.sub(r"\bdata\.path=", "source=", text)
-    return re.sub(r"\bdata\.(?=(caption|on_bad_image)\b)", "", text)
+    text = re.sub(r"\bdata\.path=", f"{key}=", text)
+    own = "caption|on_bad_image|split|revision|image_column|caption_column"
+    return re.sub(rf"\bdata\.(?=({own})\b)", "", text)
 
 
 def reporter(what: str) -> Progress:
@@ -259,20 +304,15 @@ def by_measure(chosen: Selection, table: Table, config: PrepareConfig) -> None:
 def by_likeness(
     chosen: Selection, table: Table, prints: Prints, config: PrepareConfig
 ) -> tuple[np.ndarray, list[Match]]:
-    """The group of every picture (n,), for the split; and the duplicates."""
-    _, groups = np.unique(np.array(table.column("sha256")), return_inverse=True)
+    """The group of every picture (n,), left out or not, for the split; and the duplicates."""
     if config.duplicates == "off":
+        _, groups = np.unique(np.array(table.column("sha256")), return_inverse=True)
         return groups, []
-    left = chosen.left
-    labels, matches = selection.find_duplicates(
-        table,
-        prints,
-        left,
-        distance=config.duplicate_distance,
-        default=config.caption,
-        progress=reporter("compared"),
+    distance = config.duplicate_distance
+    groups = duplicates.groups(prints, distance=distance, progress=reporter("compared"))
+    matches = selection.find_duplicates(
+        table, prints, groups, chosen.left, distance=distance, default=config.caption
     )
-    groups[left] = left[labels] + len(table)  # numbers that no group of bytes has
     if config.duplicates == "remove":
         for match in matches:
             kept, copy = table[match.kept], table[match.index]
@@ -284,10 +324,11 @@ def by_likeness(
 def by_leak(
     chosen: Selection, table: Table, looked: Fingerprints, config: PrepareConfig
 ) -> dict[str, Any] | None:
-    """What is also in the held-out set that exists."""
+    """What is also in the held-out set that exists, and what of that could not be read."""
     if config.against is None:
         return None
-    other = scan(config.against, on_bad="report", caption="", progress=reporter("read")).table
+    source = read_held_out(config.against)
+    other = source.table
     seen = fingerprints(other, config.output, config.background, reporter("looked at"))
     left, remove = chosen.left, config.duplicates == "remove"
     theirs = np.arange(len(other)) + len(table)
@@ -298,7 +339,26 @@ def by_leak(
         rows.append({"id": table[match.index].id, "like": like, "mirrored": match.mirrored})
         if remove:
             chosen.remove(match.index, "against", f"shows the same as {like} in {config.against}")
-    return {"path": config.against, "removed": remove, "matches": rows}
+    return {
+        "path": config.against,
+        "removed": remove,
+        "matches": rows,
+        "pictures": len(other),
+        "rejected": account.rejected(source),
+    }
+
+
+def read_held_out(path: str) -> Source:
+    try:
+        source = scan(path, on_bad="report", caption="", progress=reporter("read"))
+    except UserError as error:
+        text = str(error).replace(", or leave them out with data.on_bad_image=report", "")
+        text = text if "data.path=" in text else f"against={text}"
+        raise UserError(_own_keys(text, "against")) from None
+    return replace(
+        source,
+        rejected=[replace(bad, reason=_own_keys(bad.reason, "against")) for bad in source.rejected],
+    )
 
 
 def by_scores(chosen: Selection, table: Table, config: PrepareConfig) -> dict[str, Any]:
@@ -359,14 +419,19 @@ def scorers(config: PrepareConfig) -> list[Any]:
 
 
 def split(chosen: Selection, table: Table, groups: np.ndarray, config: PrepareConfig) -> np.ndarray:
-    """Which pictures of all (n,) are held out."""
-    held_out, left = np.zeros(len(table), bool), chosen.left
-    if config.held_out and len(left):
-        hashes = np.array(table.column("sha256"))[left]
-        held_out[left] = splitting.hold_out(
-            hashes.tolist(), groups[left], wanted=config.held_out, seed=config.seed
-        )
-    return held_out
+    """Which pictures of all (n,) are kept and held out."""
+    if not config.held_out or not len(chosen.left):
+        return np.zeros(len(table), bool)
+    wanted, seed = config.held_out, config.seed
+    before = splitting.read_sides(config.output, wanted=wanted, seed=seed)
+    kept = np.zeros(len(table), bool)
+    kept[chosen.left] = True
+    held_out, sides = splitting.hold_out(
+        table.column("sha256"), groups, kept, wanted=wanted, seed=seed, before=before
+    )
+    if config.files != "none":
+        splitting.write_sides(config.output, {**before, **sides}, wanted=wanted, seed=seed)
+    return held_out & kept
 
 
 def captions(chosen: Selection, table: Table, config: PrepareConfig) -> dict[str, Any]:
@@ -402,6 +467,10 @@ def write(
 
 
 def tell(report: dict[str, Any], config: PrepareConfig) -> None:
+    for bad in report["rejected"][:NAMED_AT_MOST]:
+        print(f"cannot be used: {shown(bad['id'])}: {bad['reason']}")
+    for note in report["notes"]:
+        print(f"note: {note}")
     print(verdict(report))
     for warning in report["warnings"]:
         print(f"- {warning['text']}")

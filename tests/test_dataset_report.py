@@ -69,6 +69,7 @@ def report(table, tmp_path):
             "groups": [{"kept": names[0], "copies": copies}],
         },
         "against": None,
+        "left_from_before": 0,
         "oddities": {"cmyk": {"meaning": EVIL, "pictures": 1, "ids": [EVIL]}},
         "scores": {"nsfw": {"limit": 0.5, "edges": [0, 0.5, 1], "pictures": [2, 1], "median": 0.1}},
         **account,

@@ -1,9 +1,10 @@
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import tiny_clip
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from data.records import FILE, Record
@@ -20,6 +21,7 @@ from eval.picture_scores import (
     read_head,
     score_all,
 )
+from tests.tiny import tiny_clip
 from train.config import UserError
 
 
@@ -37,7 +39,8 @@ def record(folder, number, captions):
     file = folder / f"{number}.png"
     pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file)
-    return Record(file.name, f"{FILE}{file}", captions, 60, 40, f"{number:064x}")
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    return Record(file.name, f"{FILE}{file}", captions, 60, 40, sha256)
 
 
 def score(records, scorers, folder, **options):
@@ -106,6 +109,14 @@ def test_known_scores_are_not_computed_again_and_a_torn_line_is(clip, records, t
     assert Counting.seen == 5 + 2  # the torn one, and the picture with another caption
     score(renamed, [Counting(clip)], tmp_path)
     assert Counting.seen == 7
+
+
+def test_a_picture_that_was_changed_after_the_scan_is_not_scored_as_what_it_was(
+    clip, records, tmp_path
+):
+    records[3].path.write_bytes(records[2].path.read_bytes())
+    with pytest.raises(UserError, match=r"3\.png was changed"):
+        score(records, [CaptionLikeness(clip)], tmp_path)
 
 
 @pytest.fixture(scope="module")

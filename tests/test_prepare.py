@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from test_duplicates import photo
-from tiny import tiny_clip, tiny_tokenizer
 
+from data import toy
 from data.records import Record
 from data.sources import scan
 from scripts.prepare import main
+from tests.test_duplicates import photo
+from tests.tiny import tiny_clip, tiny_tokenizer
 from train.config import UserError
 
 
@@ -164,8 +165,9 @@ def test_the_same_command_again_changes_nothing(troubled, tmp_path):
     before = tree(tmp_path / "out")
     prepare(troubled, tmp_path / "out", "held_out=0.3")
     after = tree(tmp_path / "out")
-    assert {name: content for name, (_, content) in before.items()} == {
-        name: content for name, (_, content) in after.items()
+    # The index also knows when a file was last linked to, and learns it in the second run.
+    assert {name: content for name, (_, content) in before.items() if name != "index.arrow"} == {
+        name: content for name, (_, content) in after.items() if name != "index.arrow"
     }
     pictures = [name for name in before if name.endswith((".jpg", ".png"))]
     assert pictures and all(before[name][0] == after[name][0] for name in pictures)
@@ -189,17 +191,143 @@ def test_what_is_no_longer_chosen_goes_and_what_others_put_there_stays(source, t
     assert (output / "train/sub/other.jpg").read_bytes() == b"precious"
 
 
+def test_a_link_in_the_source_becomes_the_file_that_it_leads_to(source, tmp_path):
+    (source / "linked.jpg").symlink_to("sub/05.jpg")
+    (source / "linked.txt").write_text("the same again")
+    prepare(source, tmp_path / "out", "duplicates=report")
+    target = tmp_path / "out/train/linked.jpg"
+    assert not target.is_symlink() and os.path.samefile(target, source / "sub/05.jpg")
+    target.unlink()
+    target.symlink_to("sub/05.jpg")  # as an earlier version of this wrote it
+    prepare(source, tmp_path / "out", "duplicates=report")
+    assert not target.is_symlink() and len(scan(tmp_path / "out/train").table) == 13
+
+
+def test_links_become_copies_and_damaged_files_are_mended(source, tmp_path):
+    picture, target = source / "sub/04.jpg", tmp_path / "out/train/sub/04.jpg"
+    prepare(source, tmp_path / "out")
+    assert os.path.samefile(picture, target)
+    prepare(source, tmp_path / "out", "files=copy")
+    assert not os.path.samefile(picture, target)
+    target.write_bytes(b"damaged")
+    prepare(source, tmp_path / "out", "files=copy")
+    assert target.read_bytes() == picture.read_bytes()
+    content = bytearray(target.read_bytes())
+    content[1000] ^= 1
+    target.write_bytes(content)
+    prepare(source, tmp_path / "out", "files=copy")
+    assert target.read_bytes() == picture.read_bytes()
+    prepare(source, tmp_path / "out")
+    assert os.path.samefile(picture, target)
+
+
+@pytest.mark.parametrize("files", ["link", "copy"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_picture_that_changes_after_the_scan_is_not_taken_for_what_it_was(
+    source, tmp_path, monkeypatch, files, gone
+):
+    import scripts.prepare
+
+    def meanwhile(*arguments, **options):
+        if gone:
+            (source / "sub/02.jpg").unlink()
+        else:
+            shutil.copy(source / "sub/01.jpg", source / "sub/02.jpg")
+        publish(*arguments, **options)
+
+    publish = scripts.prepare.publish
+    monkeypatch.setattr(scripts.prepare, "publish", meanwhile)
+    with pytest.raises(UserError, match=r"02\.jpg was changed while .* run this again"):
+        prepare(source, tmp_path / "out", f"files={files}")
+    monkeypatch.undo()
+    prepare(source, tmp_path / "out", f"files={files}")
+    assert not (tmp_path / "out/train/sub/02.jpg").exists()  # a duplicate now, or gone
+
+
+def test_a_folder_can_become_a_picture_and_a_picture_a_folder(source, tmp_path):
+    save(source, "x.jpg/y.jpg", photo(40))
+    save(source, "z.jpg", photo(41))
+    prepare(source, tmp_path / "out")
+    shutil.rmtree(source / "x.jpg")
+    (source / "z.jpg").unlink()
+    save(source, "x.jpg", photo(42))
+    save(source, "z.jpg/y.jpg", photo(43))
+    prepare(source, tmp_path / "out")
+    train = tmp_path / "out/train"
+    assert (train / "x.jpg").is_file() and (train / "z.jpg/y.jpg").is_file()
+    assert len(scan(train).table) == 14
+    # Not where somebody else has put something there.
+    shutil.rmtree(source / "z.jpg")
+    save(source, "z.jpg", photo(44))
+    (train / "z.jpg/mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds train/z.jpg/mine.txt, which this command did not"):
+        prepare(source, tmp_path / "out")
+
+
+def test_names_that_metadata_could_mistake_are_read_back(source, tmp_path):
+    for number, name in enumerate(["a\\b", "line\nbreak", "cafe\u0301", "100% #?", "http:/x"]):
+        save(source, f"{name}.jpg", photo(50 + number))
+    prepare(source, tmp_path / "out")
+    assert len(scan(tmp_path / "out/train").table) == 17
+
+
+def test_names_that_are_not_utf8_are_named_and_refused_as_output(source, tmp_path):
+    shutil.copy(source / "sub/00.jpg", os.fsencode(source) + b"/odd\xff.jpg")
+    report = prepare(source, tmp_path / "out")
+    assert report["counts"]["rejected"] == 1 and "odd" in report["rejected"][0]["id"]
+    with pytest.raises(UserError, match="output=.* is not UTF-8"):
+        prepare(source, os.fsdecode(os.fsencode(tmp_path) + b"/out\xff"))
+
+
+def test_two_runs_do_not_write_to_one_output(source, tmp_path):
+    from data.prepared import alone
+
+    prepare(source, tmp_path / "out")
+    with alone(tmp_path / "out"), pytest.raises(UserError, match="written by another run"):
+        prepare(source, tmp_path / "out")
+    prepare(source, tmp_path / "out")
+
+
+def test_a_report_without_files_says_what_it_left(source, tmp_path):
+    prepare(source, tmp_path / "out")
+    report = prepare(source, tmp_path / "out", "files=none", "duplicates=off")
+    assert any("files=none left the 13 files" in each["text"] for each in report["warnings"])
+    assert len(scan(tmp_path / "out/train").table) == 12
+
+
+def test_an_animation_cut_after_its_first_frame_is_looked_at(source, tmp_path):
+    frames = [photo(number) for number in (30, 31, 32)]
+    path = save(source, "cut.gif", frames[0], save_all=True, append_images=frames[1:])
+    content = path.read_bytes()
+    for end in range(len(content) // 2, len(content), len(content) // 11):
+        path.write_bytes(content[:end])
+        report = prepare(source, tmp_path / "out", "files=none")
+        assert report["counts"]["train"] == 13
+        assert report["oddities"]["animated"]["ids"] == ["cut.gif"]
+
+
+def test_a_picture_that_cannot_be_looked_at_is_named(source, tmp_path, monkeypatch):
+    import data.fingerprints
+
+    def broken(*arguments, **options):
+        raise SyntaxError("broken chunk")
+
+    monkeypatch.setattr(data.fingerprints, "open_image", broken)
+    with pytest.raises(UserError, match=r"00\.jpg cannot be decoded: broken chunk: mend it"):
+        prepare(source, tmp_path / "out")
+
+
 def test_a_run_that_was_broken_off_goes_on(source, tmp_path, monkeypatch):
     import data.prepared
 
     put, count = data.prepared._put, 0
 
-    def failing(*arguments):
+    def failing(*arguments, **options):
         nonlocal count
         count += 1
         if count == 6:
             raise KeyboardInterrupt
-        put(*arguments)
+        put(*arguments, **options)
 
     monkeypatch.setattr(data.prepared, "_put", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -219,6 +347,52 @@ def test_a_held_out_set_that_exists_is_kept_apart(source, tmp_path):
     report = prepare(source, tmp_path / "out", against)
     assert [row["id"] for row in report["removed"]["against"]] == ["sub/05.jpg"]
     assert not (tmp_path / "out/train/sub/05.jpg").exists()
+
+
+def test_what_cannot_be_read_of_a_held_out_set_is_said(source, tmp_path):
+    save(tmp_path / "held", "good.png", photo(70), None)
+    (tmp_path / "held/bad.jpg").write_text("hello")
+    report = prepare(source, tmp_path / "out", f"against={tmp_path / 'held'}")
+    assert report["against"]["pictures"] == 1
+    assert [bad["id"] for bad in report["against"]["rejected"]] == ["bad.jpg"]
+    assert any("1 file in" in w["text"] and "(bad.jpg)" in w["text"] for w in report["warnings"])
+    (tmp_path / "held/good.png").unlink()
+    for folder in (tmp_path / "held", tmp_path / "none"):
+        with pytest.raises(UserError, match=f"against={folder}") as error:
+            prepare(source, tmp_path / "out", f"against={folder}")
+        assert "data." not in str(error.value)
+
+
+def sets(output: Path) -> dict[str, str]:
+    rows = (output / "pictures.jsonl").read_text().splitlines()
+    return {row["id"]: row["set"] for row in map(json.loads, rows) if "set" in row}
+
+
+def test_no_other_setting_moves_a_picture_between_the_sets(source, tmp_path):
+    for number in range(12):
+        save(source, f"small-{number}.jpg", photo(number).resize((128, 96)))
+    found = []
+    for number, option in enumerate(["duplicates=remove", "duplicates=report", "smallest=150"]):
+        prepare(source, tmp_path / str(number), "held_out=0.4", option)
+        found.append(sets(tmp_path / str(number)))
+    assert {"train", "held-out"} == set(found[0].values())
+    for one in found[1:]:
+        assert {name: one[name] for name in found[0]} == found[0]
+
+
+@pytest.mark.parametrize("held_out", ["0.4", "4"])
+def test_a_better_twin_stays_on_the_side_of_the_picture_it_replaces(source, tmp_path, held_out):
+    options = f"held_out={held_out}", "duplicates=remove"
+    prepare(source, tmp_path / "out", *options)
+    before = sets(tmp_path / "out")
+    for number in range(12):
+        save(source, f"large-{number:02d}.png", photo(number).resize((512, 384)))
+    prepare(source, tmp_path / "out", *options)
+    after = sets(tmp_path / "out")
+    assert after == {f"large-{name[4:6]}.png": side for name, side in before.items()}
+    prepare(source, tmp_path / "out", f"held_out={held_out}", "duplicates=off")
+    both = sets(tmp_path / "out")
+    assert both == before | after
 
 
 def test_near_duplicates_are_held_out_together(source, tmp_path):
@@ -269,6 +443,7 @@ def test_small_pictures_are_left_out_where_none_may_be_enlarged(source, tmp_path
         (["source={0}/source", "output={0}/out", "held_out=1.5"], "a whole number"),
         (["source={0}/source", "output={0}/out", "held_out=12"], "none to train on"),
         (["source={0}/source", "output={0}/out", "tokenizer={0}"], "no vocab.json"),
+        (["source={0}/source", "output={0}/out", "background=[300, -5, 0]"], "from 0 to 255"),
         (["source={0}/source", "output={0}/out", "smalest=3"], "did you mean 'smallest'"),
         (["source={0}/source", "output={0}/out", "smallest=999"], "no picture is left"),
     ],
@@ -302,3 +477,31 @@ def test_rows_of_a_dataset_become_files_of_their_kind(tmp_path):
     assert sorted(record.captions[0] for record in found) == ["a", "b", "c"]
     pixels = {np.asarray(Image.open(record.path).convert("RGB")).tobytes() for record in found}
     assert pixels == {np.asarray(photo(number)).tobytes() for number in range(3)}
+    before = tree(tmp_path / "out/train")
+    prepare(tmp_path / "rows", tmp_path / "out")
+    after = tree(tmp_path / "out/train")
+    assert all(after[name] == before[name] for name in before if name != "metadata.jsonl")
+
+
+def test_an_output_that_holds_something_else_is_refused(tmp_path):
+    source = tmp_path / "source"
+    toy.write_pictures(source, 3, seed=0)
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "report.html").write_text("of a run")
+    with pytest.raises(UserError, match="holds something else"):
+        main([f"source={source}", f"output={run}"])
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "report.html"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "model"),
+    [
+        ("aesthetic.minimum=6", "aesthetic.head"),
+        ("clip.minimum=0.2", "clip.model"),
+        ("nsfw.maximum=0.3", "nsfw.model"),
+    ],
+)
+def test_a_limit_without_what_measures_it_is_refused(tmp_path, limit, model):
+    with pytest.raises(UserError, match=f"{model} is not"):
+        main([f"source={tmp_path}", f"output={tmp_path / 'out'}", limit])
