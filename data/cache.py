@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from data.store import TensorStore, Writer
 
-VERSION = 2  # to be raised whenever the same picture or caption would be encoded differently
+VERSION = 3  # to be raised whenever the same picture or caption would be encoded differently
 MOMENTS, FLIPPED, MASK, DEPTH = NAMES = ("moments", "moments_flipped", "mask", "depth")
 EMBEDDINGS = "embeddings"
 DECODERS = min(8, os.cpu_count() or 1)
@@ -145,7 +145,8 @@ def cache_latents(
 ) -> int:
     """Encodes this process's share of what is missing; returns the number of entries encoded.
 
-    `encode` maps pixels (B, 3, H, W), float32 in [-1, 1], to the VAE's moments (B, 2C, H/8, W/8):
+    `encode` maps pixels (B, 3, H, W), float32 in [-1, 1], to the VAE's moments (B, 2C, H/8, W/8),
+    with B = batch_size always, the last picture repeated where there are fewer:
     mean and log-variance along the channels. They are kept in float16 as "moments", and with
     `flip` those of the mirrored picture as "moments_flipped"; a mask and a depth map beside the
     picture become "mask" and "depth" (1, H/8, W/8), see `data.maps`. The next pictures are decoded
@@ -161,7 +162,7 @@ def cache_latents(
         return 0  # a complete cache may be read-only
     with store.writer() as writer:
         for jobs, ready in _decoded(_batches(work, keys, batch_size), keys.background, read):
-            _encode_batch(jobs, ready, writer, encode)
+            _encode_batch(jobs, ready, writer, encode, batch_size)
             done += len(jobs)
             progress(done, total)
     return total
@@ -249,7 +250,10 @@ def _ready(job: _Job, background: Colour, read: Callable[[Record], bytes]) -> Re
     box = maps.relative(fitted.box, record.width, record.height)
     if MASK in job.missing:
         content = _beside(record.mask, record.mask_sha256)
-        ready[MASK] = maps.mask_latent(content, job.size, box)
+        try:
+            ready[MASK] = maps.mask_latent(content, job.size, box)
+        except ValueError as error:
+            raise UserError(f"{record.mask} {error}: mend or remove it") from None
     if DEPTH in job.missing:
         content = _beside(record.depth, record.depth_sha256)
         ready[DEPTH] = maps.depth_latent(content, job.size, box)
@@ -270,12 +274,18 @@ def _unchanged(content: bytes, sha256: str, what: object) -> bytes:
     return content
 
 
-def _encode_batch(jobs: list[_Job], ready: list[Ready], writer: Writer, encode: Encode) -> None:
+def _encode_batch(
+    jobs: list[_Job], ready: list[Ready], writer: Writer, encode: Encode, batch_size: int
+) -> None:
     import torch
 
     moments = {}
     if "pixels" in ready[0]:
         pixels = torch.stack([parts.pop("pixels") for parts in ready])
+        # Always as many at once: a sum's rounding may depend on the size of the batch, and the
+        # latents of a picture should not depend on which others were missing.
+        filled = [min(row, len(jobs) - 1) for row in range(batch_size)]
+        pixels = pixels[filled]
         for name in jobs[0].missing:
             if name in {MOMENTS, FLIPPED}:
                 turned = pixels.flip(-1) if name == FLIPPED else pixels

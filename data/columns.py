@@ -68,7 +68,11 @@ def _image_column(path: str, features: datasets.Features, asked: str | None) -> 
             f"{path} has several columns of pictures, {_names(found)}: name the one to "
             f"use, data.image_column={found[0]}"
         )
-    raise UserError(f"{path} has no column of pictures; its columns are {_names(list(features))}")
+    columns = _names(list(features)) if features else "not known before it is read"
+    raise UserError(
+        f"{path} has no column of pictures; its columns are {columns}. Name the column, "
+        "data.image_column=...; a folder of picture files is read without data.streaming"
+    )
 
 
 def picture_columns(features: datasets.Features) -> list[str]:

@@ -7,6 +7,8 @@ repeated to fill it.
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,6 +17,9 @@ import numpy as np
 from data import counter
 from data.buckets import pack, unpack
 from data.images import Size
+from train.config import UserError
+
+MOST_SAMPLES = 1 << 27  # of an epoch, which is in memory at 8 bytes a sample
 
 
 class _Group(NamedTuple):
@@ -22,20 +27,31 @@ class _Group(NamedTuple):
 
     source: int
     pictures: np.ndarray  # indices
-    samples: int
+    passes: int  # how often an epoch has all of them
+    extra: float  # samples besides, on average
+
+    def window(self, epoch: int) -> tuple[int, int]:
+        """The epoch's part (start, stop) of the endless sequence of extra samples."""
+        return math.floor(epoch * self.extra), math.floor((epoch + 1) * self.extra)
+
+    def samples(self, epoch: int) -> int:
+        start, stop = self.window(epoch)
+        return self.passes * len(self.pictures) + stop - start
 
 
 class _Bucket(NamedTuple):
     size: Size
     groups: list[_Group]
-    start: int  # where its samples begin among those of an epoch, before batches are shuffled
-    stop: int
+
+    def samples(self, epoch: int) -> int:
+        return sum(group.samples(epoch) for group in self.groups)
 
 
 class _Epoch(NamedTuple):
     number: int
     indices: np.ndarray  # (samples,) int32, bucket by bucket
     repeats: np.ndarray  # (samples,) int32
+    starts: np.ndarray  # (batches + 1,) where among the samples each batch begins
     batches: np.ndarray  # (batches,) in the order in which they are trained on
 
 
@@ -45,12 +61,14 @@ class Order:
     Without `weights` every epoch has each picture exactly `repeats[source]` times (1 by default).
     With `weights`, one positive number per source, `repeats` do not count: an epoch is then the
     smallest in which the sources' samples are in these proportions and every picture is there at
-    least once. A source's samples are split over its buckets in proportion, rounded half up.
+    least once.
 
-    The samples of each source in each bucket are an endless sequence of passes, each pass a
-    permutation of its own, of which every epoch takes the next so many. So each epoch has the same
-    number of batches, and over the epochs the pictures that share a source and a bucket are seen
-    equally often, give or take one.
+    What an epoch has of each source in each bucket are whole passes, each pass a permutation of
+    its own, and where weights ask for a part of one more, the next so many of an endless sequence
+    of passes. So over the epochs all pictures of a source are seen equally often, give or take one,
+    and epochs differ by no more than a sample of each source in each bucket.
+
+    Raises UserError where an epoch would have more than 2 ** 27 samples.
     """
 
     def __init__(
@@ -67,26 +85,34 @@ class Order:
         self.seed, self.batch_size = seed, batch_size
         if sources is None:
             sources = np.zeros(len(sizes), np.int32)
-        self._buckets = list(_grouped(sizes, sources, _factors(sources, weights, repeats)))
-        self._starts = np.concatenate(
-            [np.arange(bucket.start, bucket.stop, batch_size) for bucket in self._buckets]
-            + [[self.samples_per_epoch]]
-        )
+        factors = _factors(sources, weights, repeats)
+        _check(sources, factors)
+        self._buckets = list(_grouped(sizes, sources, factors))
+        self._alike = all(g.extra.is_integer() for bucket in self._buckets for g in bucket.groups)
+        self._firsts = [0]  # the first step of each epoch, as far as they are known
         self._epoch: _Epoch | None = None
 
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples per epoch, repeats counted; the same for every epoch."""
-        return self._buckets[-1].stop
+    def samples_in(self, epoch: int) -> int:
+        """Samples of an epoch, repeats counted."""
+        return sum(bucket.samples(epoch) for bucket in self._buckets)
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Optimizer steps per epoch, the same for every epoch and any number of processes."""
-        return len(self._starts) - 1
+    def batches_in(self, epoch: int) -> int:
+        """Optimizer steps of an epoch, for any number of processes."""
+        return sum(-(-bucket.samples(epoch) // self.batch_size) for bucket in self._buckets)
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, batch within it) of an optimizer step; all count from 0."""
-        return divmod(step, self.batches_per_epoch)
+        if self._alike:
+            return divmod(step, self.batches_in(0))
+        while self._firsts[-1] <= step:
+            self._firsts.append(self._firsts[-1] + self.batches_in(len(self._firsts) - 1))
+        epoch = bisect.bisect_right(self._firsts, step) - 1
+        return epoch, step - self._firsts[epoch]
+
+    def epochs(self, steps: int) -> float:
+        """How many epochs so many optimizer steps are."""
+        epoch, batch = self.position(steps)
+        return epoch + batch / self.batches_in(epoch)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The global batch of a step: indices and repeats, int64 (B,) each.
@@ -99,34 +125,39 @@ class Order:
             self._epoch = None  # before the next one is made, so that there is never more than one
             self._epoch = self._shuffled(number)
         batch = self._epoch.batches[position]
-        inside = slice(self._starts[batch], self._starts[batch + 1])
+        inside = slice(self._epoch.starts[batch], self._epoch.starts[batch + 1])
         indices, repeats = self._epoch.indices[inside], self._epoch.repeats[inside]
         return indices.astype(np.int64), repeats.astype(np.int64)
 
     def _shuffled(self, number: int) -> _Epoch:
-        indices = np.empty(self.samples_per_epoch, np.int32)
-        repeats = np.empty(self.samples_per_epoch, np.int32)
+        samples = self.samples_in(number)
+        indices, repeats = np.empty(samples, np.int32), np.empty(samples, np.int32)
+        starts, at = [], 0
         for bucket in self._buckets:
-            at = bucket.start
+            start = at
             for group in bucket.groups:
                 for part, seen in self._passes(group, bucket.size, number):
                     indices[at : at + len(part)], repeats[at : at + len(part)] = part, seen
                     at += len(part)
-            inside = slice(bucket.start, bucket.stop)
-            mixed = self._permutation(bucket.stop - bucket.start, "mix", *bucket.size, number)
+            mixed = self._permutation(at - start, "mix", *bucket.size, number)
+            inside = slice(start, at)
             indices[inside], repeats[inside] = indices[inside][mixed], repeats[inside][mixed]
-        batches = self._permutation(self.batches_per_epoch, "batches", number)
-        return _Epoch(number, indices, repeats, batches)
+            starts.append(np.arange(start, at, self.batch_size))
+        batches = self._permutation(sum(map(len, starts)), "batches", number)
+        return _Epoch(number, indices, repeats, np.concatenate([*starts, [at]]), batches)
 
     def _passes(
         self, group: _Group, size: Size, epoch: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The epoch's part of the group's passes: indices, and how often each was there before."""
+        """The epoch's samples of a group: indices, and how often each was there before."""
         count = len(group.pictures)
-        start, stop = epoch * group.samples, (epoch + 1) * group.samples
-        seen = np.zeros(count, np.int32)
+        for number in range(group.passes):
+            part = self._permutation(count, "pass", group.source, *size, epoch, number)
+            yield group.pictures[part], np.full(count, number, np.int32)
+        start, stop = group.window(epoch)
+        seen = np.full(count, group.passes, np.int32)
         for number in range(start // count, -(-stop // count)):
-            shuffled = self._permutation(count, "pass", group.source, *size, number)
+            shuffled = self._permutation(count, "extra", group.source, *size, number)
             part = shuffled[max(start - number * count, 0) : stop - number * count]
             yield group.pictures[part], seen[part]
             seen[part] += 1
@@ -158,20 +189,37 @@ def _factors(
     return np.asarray(weights)[: len(pictures)] * rarest / np.maximum(pictures, 1)
 
 
+def _group(source: int, pictures: np.ndarray, factor: float) -> _Group:
+    near = round(factor)
+    if math.isclose(factor, near, rel_tol=1e-12):  # what rounding has added to or taken from it
+        return _Group(source, pictures, near, 0.0)
+    passes = math.floor(factor)
+    return _Group(source, pictures, passes, float(len(pictures) * (factor - passes)))
+
+
+def _check(sources: np.ndarray, factors: np.ndarray) -> None:
+    pictures = np.bincount(sources, minlength=len(factors))
+    samples = pictures * factors
+    if samples.sum() > MOST_SAMPLES:
+        worst = int(factors.argmax())
+        raise UserError(
+            f"data.sources: an epoch would have {samples.sum():.3g} samples, because each of the "
+            f"{pictures[worst]} pictures of source {worst + 1} would be there {factors[worst]:.3g} "
+            f"times: bring the weights, or its repeats, closer to the others'"
+        )
+
+
 def _grouped(sizes: np.ndarray, sources: np.ndarray, factors: np.ndarray) -> Iterator[_Bucket]:
     codes, of_bucket = np.unique(pack(sizes), return_inverse=True)
     of_group = of_bucket * len(factors) + sources
     members = np.argsort(of_group, kind="stable").astype(np.int32)
     groups, starts = np.unique(of_group[members], return_index=True)
     parts = np.split(members, starts[1:])
-    at, start = 0, 0
+    at = 0
     for number, code in enumerate(codes):
         inside = []
         while at < len(groups) and groups[at] // len(factors) == number:
             source, pictures = int(groups[at] % len(factors)), parts[at]
-            samples = max(int(len(pictures) * factors[source] + 0.5), len(pictures))
-            inside.append(_Group(source, pictures, samples))
+            inside.append(_group(source, pictures, factors[source]))
             at += 1
-        stop = start + sum(group.samples for group in inside)
-        yield _Bucket(unpack(code), inside, start, stop)
-        start = stop
+        yield _Bucket(unpack(code), inside)

@@ -19,7 +19,7 @@ import xxhash
 from data import shards
 from data.files import Progress, silent
 from data.shards import DAMAGED, SUFFIX, Part
-from data.store import BYTES, ENTRIES, locked
+from data.store import BYTES, ENTRIES, USED_EVERY, locked
 from train.config import UserError
 
 DAY = 24 * 3600.0
@@ -110,7 +110,9 @@ def prune(
     if not folder.is_dir():
         return Pruned(0, 0, 0)
     wanted = None if keep is None else {_short(key) for key in keep}
-    before = time.time() - unused_days * DAY if unused_days is not None else None
+    before = None
+    if unused_days is not None:  # a use may be a day younger than what is noted
+        before = time.time() - unused_days * DAY - (USED_EVERY if unused_days else 0.0)
     with locked(root, exclusive=True):
         return _prune(folder, wanted, before, progress)
 

@@ -64,7 +64,8 @@ def verify(config: VerifyConfig) -> None:
     if len(damage) > NAMED_AT_MOST:
         print(f"         and {len(damage) - NAMED_AT_MOST} more")
     if not damage:
-        print(f"{config.cache} is sound")
+        count = sum(1 for _ in store.shards.glob("*.safetensors"))
+        print(f"{config.cache} is sound: every entry of {count} files")
     elif config.repair:
         print(f"removed  all that was damaged ({len(damage)}); the next run encodes it anew")
     else:

@@ -92,6 +92,8 @@ class Plan:
     """Pictures that have a caption."""
     problems: dict[str, str] = field(default_factory=dict)
     """What cannot be captioned and why, by id."""
+    notes: list[str] = field(default_factory=list)
+    """What the folder was read as, and what was odd in it."""
 
 
 @dataclass
@@ -110,7 +112,8 @@ def main(arguments: list[str]) -> None:
     check_model(config.model)
     plan = make_plan(config)
     if not plan.files:
-        summarise(plan, [])
+        if os.environ.get("RANK", "0") == "0":
+            summarise(plan, [])
         return
 
     from eval.processes import gather, join
@@ -142,7 +145,7 @@ def make_plan(config: CaptioningConfig) -> Plan:
             f"source={config.source} holds a metadata file, so captions beside the pictures would "
             "not be read: move that file elsewhere, or write the captions into it"
         )
-    plan = Plan(problems=dict(listing.problems))
+    plan = Plan(problems=dict(listing.problems), notes=[layout.recognised, *listing.notes])
     owners: dict[Path, str] = {}
     for name in layout.pictures:
         try:
@@ -288,6 +291,8 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome]) -> None:
     for outcome in outcomes:
         problems |= outcome.problems
         silent |= outcome.silent
+    for note in plan.notes:
+        print(f"note: {note}")
     print(f"captions: {captioned} written, {kept} kept as they are")
     for what, lines in (("not captioned", problems), ("nothing to say about", silent)):
         if lines:

@@ -140,3 +140,21 @@ def test_validation_needs_no_heavy_import(world, tmp_path):
         [sys.executable, "-c", code, *dry], capture_output=True, text=True, cwd=ROOT
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_missing_held_out_folder_is_found_in_the_plan(world, tmp_path):
+    assert "evaluation.path=/nowhere" in complaint(world, tmp_path, "evaluation.path=/nowhere")
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_a_run_is_not_written_among_its_pictures(world, tmp_path, inside):
+    output = world / "pictures" / inside
+    with pytest.raises(UserError, match="would be taken for pictures"):
+        lora.main([*arguments(world, output), "dry_run=true"])
+
+
+def test_a_dry_run_names_long_captions_and_what_crops_lack(world, tmp_path, capsys):
+    words = "data.captions.suffix= and so on" + " and on" * 80
+    lora.main([*arguments(world, tmp_path / "run", words, "data.crop=focus"), "dry_run=true"])
+    said = capsys.readouterr().out
+    assert "captions of more than 75 words" in said and "no picture has a focus point" in said

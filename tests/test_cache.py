@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import maps
+from data import maps, toy
 from data.cache import DECODERS, LatentKeys, cache_captions, cache_latents, text_key
 from data.images import crop_centres, fit, fit_geometry, open_image, to_tensor
 from data.records import Joined, Record, Table
@@ -35,7 +35,8 @@ class Encoder:
 
     @property
     def images(self) -> int:
-        return sum(len(batch) for batch in self.batches)
+        """Different ones: a batch is filled up by repeating its last."""
+        return sum(len(torch.unique(batch, dim=0)) for batch in self.batches)
 
 
 def record(path: Path, **changed: Any) -> Record:
@@ -141,7 +142,7 @@ def test_batches_have_one_size_and_nothing_is_encoded_twice(records, store):
     encode = Encoder()
     assert fill(keys_of(records), store, encode) == 5
     assert sorted(tuple(batch.shape) for batch in encode.batches) == [
-        (1, 3, 32, 32),
+        (2, 3, 32, 32),
         (2, 3, 32, 32),
         (2, 3, 32, 48),
     ]
@@ -360,3 +361,22 @@ def test_captions_are_encoded_once_each_with_the_empty_one(store):
     assert counts == [2, 2]
     with pytest.raises(UserError, match="'new'"):
         cache_captions(["new"], store, lambda texts: [e / 0 for e in embed(texts)], **prints)
+
+
+def test_latents_do_not_depend_on_what_else_was_missing(tmp_path):
+    """A build that was killed groups what is left in another way."""
+    from tests.tiny import tiny_pipeline
+    from train.models import latent_encoder
+
+    encode = latent_encoder(tiny_pipeline().vae.eval())
+    toy.write_pictures(tmp_path / "pictures", 7, seed=0)
+    made = [record(path) for path in sorted((tmp_path / "pictures").glob("*.png"))]
+    sizes = [(64, 64)] * len(made)
+    stores = [TensorStore(tmp_path / name) for name in ("whole", "killed")]
+    fill(keys_of(made, sizes), stores[0], encode, batch_size=4)
+    for some in (made[2:3], made[:4], made):
+        fill(keys_of(some, sizes[: len(some)]), stores[1], encode, batch_size=4)
+    keys = keys_of(made, sizes)
+    for index in range(len(made)):
+        one, other = (store.get(keys.keys(index)[0])["moments"] for store in stores)
+        assert torch.equal(one, other)

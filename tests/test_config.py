@@ -269,8 +269,13 @@ def test_no_is_a_word_and_true_and_false_are_not(tmp_path):
         ("data.sources=[{pth: a}]", "did you mean 'data.sources[].path'"),
         ("data.captions.shufle_tags=true", "did you mean 'data.captions.shuffle_tags'"),
         ("data.sources=[{path: a, weight: 0.5}, {path: b}]", "all of them a weight, or none"),
-        ("data.sources=[{path: x/a}, {path: y/a}]", "give each a name"),
+        ("data.sources=[{path: x/a}, {path: y/a}]", "give each a `name:`"),
+        ("data.sources=[{path: a, name: ../b}]", "must be a word"),
         ("data.resolution=[512, 512]", "different sides"),
+        ("data.sources=[{path: a, masks: true}]", "known there: data.sources[].path"),
+        ("data.captions.templates=objects", "'data.captions.templates'='objects'"),
+        ("data.captions=5", "set its keys: data.captions.prefix"),
+        ("data.background=white", "data.background='[..., ...]'"),
         ("data.resolution=16", "at least 32"),
         ("data.background=[0, 0, 256]", "from 0 to 255"),
     ],
@@ -291,7 +296,7 @@ def test_a_missing_section_is_asked_for_by_its_first_key():
 
 def test_one_of_path_and_sources_is_needed():
     for extra in (["data.flip=true"], ["data.path=x", "data.sources=[{path: y}]"]):
-        with pytest.raises(UserError, match=r"data.path, or data.sources, and not both"):
+        with pytest.raises(UserError, match=r"data.sources; (neither is given|.*data.path=null)"):
             load(LoraRun, ["output=x", *extra])
 
 

@@ -207,3 +207,33 @@ def test_a_streamed_set_trains_alike_on_two_processes(world, shards, tmp_path):
     finish(launch("train/lora.py", *values, processes=2))
     two = load_file(tmp_path / "two" / "adapter" / "pytorch_lora_weights.safetensors")
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+
+
+def test_captions_are_counted_as_they_are_worded(world, tmp_path, capsys):
+    forms = "{" + "a b c d e f g h i j " * 4 + "|x}"
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for picture in sorted((world / "pictures").glob("*.png"))[:2]:
+        (folder / picture.name).write_bytes(picture.read_bytes())
+        (folder / picture.name).with_suffix(".txt").write_text(forms + forms)
+    where = f"data.path={folder}"
+    run(world, tmp_path / "one", where, "data.captions.wildcards=true")
+    assert "(2): " in capsys.readouterr().out  # 80 tokens where both are long
+    run(
+        world, tmp_path / "two", where, "data.captions.choose=first", "data.captions.max_tokens=225"
+    )
+    assert "cut at" not in capsys.readouterr().out
+    suffix = "data.captions.suffix= " + "a " * 80
+    run(world, tmp_path / "three", "data.captions.choose=first", suffix)
+    assert "captions cut at 75 tokens (9)" in capsys.readouterr().out
+
+
+def test_a_mask_without_any_white_is_named(world, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    picture = sorted((world / "pictures").glob("*.png"))[0]
+    (folder / picture.name).write_bytes(picture.read_bytes())
+    Image.new("L", Image.open(picture).size, 0).save(folder / f"{picture.stem}.mask.png")
+    with pytest.raises(UserError, match=r"\.mask\.png is black all over"):
+        where = f"data.path={folder}"
+        run(world, tmp_path / "run", where, "data.masks=true", "data.caption=x")

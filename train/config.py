@@ -6,9 +6,10 @@ Imports nothing of this project but the reading of it (train/parsing.py), and no
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from train.parsing import (
     ROOT,
@@ -35,6 +36,15 @@ __all__ = [
     "load",
     "validate",
 ]
+
+
+def _colour(value: tuple[int, int, int]) -> tuple[int, int, int]:
+    if not all(0 <= part <= 255 for part in value):
+        raise PydanticCustomError("colour", "give three numbers from 0 to 255")
+    return value
+
+
+Colour = Annotated[tuple[int, int, int], AfterValidator(_colour)]
 
 
 class ModelConfig(Section):
@@ -135,6 +145,11 @@ class SourceConfig(Section):
     captions: CaptionConfig | None = None
     """As data.captions, in place of all of it."""
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens of its captions are read."""
+        return (self.captions or CaptionConfig()).max_tokens
+
 
 class DataConfig(Cropping):
     path: str | None = None
@@ -158,7 +173,7 @@ class DataConfig(Cropping):
     on_bad_image: Literal["report", "quarantine", "abort"] = "abort"
     """What a picture that cannot be used does: abort before anything is trained; report: be left
     out and named; quarantine: that, and be copied to `quarantine` in the run directory."""
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: Colour = (255, 255, 255)
     """Red, green and blue, 0 to 255, that transparent pictures are laid over."""
     masks: bool = False
     """Read NAME.mask.png (or NAME-masklabel.png, or masks/NAME) beside the pictures: the loss
@@ -178,24 +193,27 @@ class DataConfig(Cropping):
     workers: int = Field(2, ge=0)
     """Loader processes per training process."""
 
-    @field_validator("background")
-    @classmethod
-    def _colour(cls, value: tuple[int, int, int]) -> tuple[int, int, int]:
-        if not all(0 <= part <= 255 for part in value):
-            raise ValueError(f"data.background={list(value)}: three numbers from 0 to 255")
-        return value
-
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
         if (self.path is None) == (not self.sources):
-            raise ValueError("give data.path, or data.sources, and not both: data.path=my/pictures")
+            given = (
+                "neither is given" if self.path is None else "both are given: add data.path=null"
+            )
+            raise ValueError(f"give data.path=my/pictures, or data.sources; {given}")
         if self.streaming and (self.masks or self.depth):
             raise ValueError("data.streaming has no masks or depth maps: set data.masks=false")
         if len({source.weight is None for source in self.sources}) > 1:
             raise ValueError("data.sources: give all of them a weight, or none")
         names = [source.name for source in self.named_sources()]
         if len(set(names)) != len(names):
-            raise ValueError(f"data.sources: names {names} are not all different; give each a name")
+            raise ValueError(
+                f"data.sources: names {names} are not all different; give each a `name:`"
+            )
+        if len({source.tokens for source in self.named_sources()}) > 1:
+            raise ValueError("data.sources: captions.max_tokens must be the same for all of them")
+        for name in names:
+            if not name or "/" in name or name in (".", ".."):
+                raise ValueError(f"data.sources: name={name!r} must be a word, without /")
         return self
 
     def named_sources(self) -> list[SourceConfig]:
@@ -204,7 +222,7 @@ class DataConfig(Cropping):
         inherited = ("caption", "split", "resolution", "crop", "captions")
         return [
             source.model_copy(
-                update={"name": source.name or Path(source.path).name or source.path}
+                update={"name": source.name or Path(source.path).name or "pictures"}
                 | {key: getattr(self, key) for key in inherited if getattr(source, key) is None}
             )
             for source in sources

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from train.config import DataConfig, RunConfig
-from train.pictures import Pictures, progress, wording_tokens
+from train.pictures import Pictures, progress
 from train.streams import stream_in
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ class StepBatches:
     micro_batch_size: int
     workers: int
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.training_set.order.batches_per_epoch
+    def epochs(self, steps: int) -> float:
+        """How many epochs so many optimizer steps are."""
+        return self.training_set.order.epochs(steps)
 
     def __call__(self, start: int) -> Iterable[list[dict[str, Any]]]:
         from data.loader import loader
@@ -64,7 +65,6 @@ def batches(
     where captions change too much from epoch to epoch to be cached.
     """
     from data.loader import TrainingSet
-    from data.order import Order
     from data.store import TensorStore
 
     data = config.data
@@ -74,17 +74,11 @@ def batches(
         accelerator.print(f"streamed {pictures.summary()}")
     keys = latent_keys(pictures, pipeline, data)
     _cache_latents(keys, store, pipeline, data, accelerator)
-    _report_cut_captions(pictures, pipeline.tokenizer, accelerator)
+    if accelerator.is_main_process:
+        report_cut_captions(pictures, pipeline.tokenizer)
     training_set = TrainingSet(
         records=pictures.records,
-        order=Order(
-            pictures.sizes,
-            seed=config.seed,
-            batch_size=config.train.batch_size,
-            sources=pictures.records.sources,
-            weights=pictures.weights,
-            repeats=pictures.repeats,
-        ),
+        order=pictures.order(seed=config.seed, batch_size=config.train.batch_size),
         sources=pictures.records.sources,
         wordings=pictures.wordings,
         store=store,
@@ -158,7 +152,7 @@ def _text(
     """How the training set turns captions into conditioning: from the cache, or as token ids."""
     from data.tokens import tokenize
 
-    tokens = max(wording_tokens(part.settings) for part in pictures.parts)
+    tokens = pictures.tokens
     captions = pictures.captions if cached else None
     if captions is None:
         return {"tokenize": partial(tokenize, pipeline.tokenizer, max_tokens=tokens)}
@@ -195,28 +189,19 @@ def _cache_captions(
     return partial(text_key, **prints)
 
 
-def _report_cut_captions(pictures: Pictures, tokenizer: Any, accelerator: Accelerator) -> None:
-    """Says which captions are longer than what is read of them, on the main process."""
-    if not accelerator.is_main_process:
-        return
+def report_cut_captions(pictures: Pictures, tokenizer: Any) -> None:
+    """Says which captions are longer than what is read of them, as training words them."""
     from data.listing import few
     from data.tokens import cut_captions
 
-    for part in pictures.parts:
-        captions = [c for cs in part.source.table.column("captions") for c in cs]
-        ids = [
-            i
-            for i, cs in zip(
-                part.source.table.column("id"), part.source.table.column("captions"), strict=True
-            )
-            for _ in cs
-        ]
-        limit = wording_tokens(part.settings)
-        cut = cut_captions(tokenizer, captions, limit)
-        if cut:
-            named = [f"{ids[index]} ({tokens} tokens)" for index, tokens in cut]
-            print(
-                f"note     {few(f'captions cut at {limit} tokens', named)}; "
-                "data.captions.max_tokens=150 or 225 reads more",
-                flush=True,
-            )
+    longest: dict[str, int] = {}
+    worded = pictures.worded()
+    while some := list(islice(worded, 4096)):
+        for index, tokens in cut_captions(tokenizer, [text for _, text in some], pictures.tokens):
+            longest[some[index][0]] = max(tokens, longest.get(some[index][0], 0))
+    if longest:
+        named = [f"{id} ({tokens} tokens)" for id, tokens in longest.items()]
+        enough = [limit for limit in (150, 225) if limit >= max(longest.values())]
+        remedy = f"data.captions.max_tokens={enough[0]} reads all" if enough else "shorten them"
+        note = few(f"captions cut at {pictures.tokens} tokens", named)
+        print(f"note     {note}; {remedy}", flush=True)

@@ -29,8 +29,8 @@ MicroBatch = dict[str, Any]
 class Batches(Protocol):
     """This process's micro-batches as a function of the optimizer step."""
 
-    @property
-    def steps_per_epoch(self) -> int: ...
+    def epochs(self, steps: int) -> float:
+        """How many epochs so many optimizer steps are."""
 
     def __call__(self, start: int) -> Iterable[list[MicroBatch]]:
         """One list per optimizer step, from `start` to the last. The "weight" (B,) of a batch's
@@ -81,7 +81,7 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
-        epoch = done / batches.steps_per_epoch
+        epoch = batches.epochs(done)
         meter.record(done, epoch, loss, rate, norm, images=global_images(micro_batches))
         with meter.aside():
             if due(done, config.checkpoint.every, steps):

@@ -25,6 +25,8 @@ _WEIGHTS = {
     "text_encoder": "model",
 }
 
+_WINDOWS = 8  # of 77 tokens, encoded at once
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -299,12 +301,12 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Identifies a tokenizer by its vocabulary and padding."""
-    settings = [
-        sorted(tokenizer.get_vocab().items()),
-        tokenizer.pad_token_id,
-        tokenizer.model_max_length,
-    ]
+    """Identifies a tokenizer by all that its ids depend on: vocabulary, merges, how it splits and
+    normalises, special tokens, length."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    for passing in ("padding", "truncation"):  # as the last call set them
+        rules.pop(passing, None)
+    settings = [rules, sorted(tokenizer.special_tokens_map.items()), tokenizer.model_max_length]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
@@ -344,7 +346,17 @@ def caption_encoder(
         # One by one through the tokenizer, whose padding depends on the longest of a call.
         ids = [tokenize(tokenizer, [caption], max_tokens=max_tokens)[0] for caption in captions]
         lengths = [len(row) for row in ids]
-        embeddings = text_encoder_output(text_encoder, torch.cat(ids)[None])[0].float()
+        windows = torch.cat(ids).reshape(-1, text_encoder.config.max_position_embeddings)
+        # Always as many at once: a sum's rounding may depend on the size of the batch, and the
+        # embeddings of a caption should not depend on which others were missing from a cache.
+        chunks = [_filled(chunk, _WINDOWS) for chunk in windows.split(_WINDOWS)]
+        encoded = [text_encoder_output(text_encoder, chunk).float() for chunk in chunks]
+        embeddings = torch.cat(encoded)[: len(windows)].flatten(0, 1)  # (sum of lengths, D)
         return list(embeddings.split(lengths))
 
     return encode
+
+
+def _filled(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """(n, L) to (count, L), by repeating the last."""
+    return rows[[min(row, len(rows) - 1) for row in range(count)]]

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -114,23 +114,25 @@ def _quiet_libraries() -> None:
 
 
 def _split(arguments: Sequence[str], default: Path | None) -> tuple[str | None, list[str]]:
-    file: str | None = str(default) if default else None
+    files: list[str] = []
     overrides: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         if argument in ("--help", "-h"):
             return "--help", []
         if argument == "--config":
-            file = next(rest, None)
-            if file is None:
-                raise UserError("--config needs a file: --config configs/lora.yaml")
+            files.append(next(rest, ""))
         elif argument.startswith("--config="):
-            file = argument.removeprefix("--config=")
+            files.append(argument.removeprefix("--config="))
         elif "=" in argument and not argument.startswith("-"):
             overrides.append(argument)
         else:
             raise UserError(f"unexpected argument {argument!r}; use --config FILE and key=value")
-    return file, overrides
+    if "" in files:
+        raise UserError("--config needs a file: --config configs/lora.yaml")
+    if len(files) > 1:
+        raise UserError(f"--config is given twice ({', '.join(files)}): give one, and key=value")
+    return files[0] if files else str(default) if default else None, overrides
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -170,7 +172,8 @@ def _apply(values: dict[str, Any], override: str, texts: set[str]) -> None:
 
 
 def _explain(schema: type[Section], problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    # Of a value that may be of several kinds, pydantic adds the kind it tried.
+    key = ".".join(str(part) for part in problem["loc"] if not re.search(r"\W", str(part)))
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}'{_nearest(schema, re.sub(r'[.][0-9]+(?=[.])', '[]', key))}"
     if problem["type"] == "missing":
@@ -179,6 +182,11 @@ def _explain(schema: type[Section], problem: dict[str, Any]) -> str:
         return f"'{key}' is required: add {asked}=..."
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
+    if problem["type"] in ("list_type", "tuple_type"):
+        return f"'{key}'={problem['input']!r}: give a list: {key}='[..., ...]'"
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        below = [name for name, _ in fields(schema) if name.startswith(f"{key}.")]
+        return f"'{key}'={problem['input']!r}: it is a section; set its keys: {', '.join(below)}"
     return f"'{key}'={problem['input']!r}: {problem['msg']}"
 
 
@@ -187,13 +195,14 @@ def _nearest(schema: type[Section], key: str) -> str:
     sections = dict.fromkeys(name.partition(".")[0] for name in known if "." in name)
     if "." not in key and (near := difflib.get_close_matches(key, sections, n=1)):
         return f"; did you mean '{near[0]}'?"
-    leaf = key.split(".")[-1]
-    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    by_leaf = {name.split(".")[-1]: name for name in reversed(known)}
-    matches = matches or [by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, n=1)]
-    siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-    if matches:
-        return f"; did you mean '{matches[0]}'?"
+    section, _, leaf = key.rpartition(".")
+    siblings = [name for name in known if name.rpartition(".")[0] == section]
+    for near in (siblings, known):  # a key of that name elsewhere is meant sooner than no key
+        by_leaf = {name.rpartition(".")[2]: name for name in reversed(near)}
+        if matches := difflib.get_close_matches(leaf, by_leaf, n=1):
+            found = by_leaf[matches[0]]
+            if near is siblings or "[]" not in section:
+                return f"; did you mean '{found}'?"
     return f"; known there: {', '.join(siblings)}" if siblings else ""
 
 
@@ -229,6 +238,14 @@ def describe(schema: type[Section], default: Path | None) -> str:
     lines.append("")
     for name, field in fields(schema):
         value = "required" if field.is_required() else field.default
-        lines.append(f"  {name}  ({value})")
+        lines.append(f"  {name}  ({value}){_choices(field.annotation)}")
         lines.append(f"      {' '.join((field.description or '').split())}")
     return "\n".join(lines)
+
+
+def _choices(annotation: Any) -> str:
+    """What a key may be set to, where that is a matter of a few words."""
+    while get_origin(annotation) in (list, Union, UnionType):
+        annotation = get_args(annotation)[0]
+    known = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return f": {', '.join(map(str, known))}" if known else ""

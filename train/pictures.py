@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from data.buckets import account, buckets_of, too_small
+from data.order import Order
 from data.records import Joined, Table
 from data.sources import Rejected, Source, complaint, quarantine, scan
 from data.wording import Wording
@@ -66,6 +67,17 @@ class Pictures:
     def repeats(self) -> list[int]:
         return [part.settings.repeats for part in self.parts]
 
+    def order(self, *, seed: int, batch_size: int) -> Order:
+        """The course of training on them. Raises UserError for weights that it cannot have."""
+        return Order(
+            self.sizes,
+            seed=seed,
+            batch_size=batch_size,
+            sources=self.records.sources,
+            weights=self.weights,
+            repeats=self.repeats,
+        )
+
     @cached_property
     def captions(self) -> list[str] | None:
         """Every caption that training can see, sorted; None where they are too many to cache."""
@@ -91,12 +103,44 @@ class Pictures:
         return digest.hexdigest()[:16]
 
     @property
+    def tokens(self) -> int:
+        """How many tokens of a caption are read; the same for all sources."""
+        return self.parts[0].settings.tokens
+
+    def worded(self) -> Iterator[tuple[str, str]]:
+        """(id, caption) of every form that a caption can have, or one where they are many."""
+        several = len(self.parts) > 1
+        for wording, part in zip(self.wordings, self.parts, strict=True):
+            for record in part.source.table:
+                id = f"{part.settings.name}/{record.id}" if several else record.id
+                forms = wording.variants(record.captions, CACHED_VARIANTS)
+                if forms is None:
+                    forms = [wording.caption(record.captions, seed=0, epoch=0, id=record.id)]
+                yield from ((id, form) for form in forms)
+
+    @property
     def rejected(self) -> list[Rejected]:
         return [bad for part in self.parts for bad in part.source.rejected]
 
     @property
     def notes(self) -> list[str]:
-        return [note for part in self.parts for note in part.source.notes]
+        several = len(self.parts) > 1
+        return [
+            f"{part.settings.name}: {note}" if several else note
+            for part in self.parts
+            for note in part.source.notes
+        ]
+
+    def shares(self) -> list[str]:
+        """Of several sources, what each has and what part of the samples it makes."""
+        if len(self.parts) < 2 or not len(self.sizes):
+            return []
+        seen = self.weights or [len(p.sizes) * p.settings.repeats for p in self.parts]
+        return [
+            f"{part.settings.name}: {len(part.sizes)} pictures, {100 * much / sum(seen):.3g} % of "
+            "the samples"
+            for part, much in zip(self.parts, seen, strict=True)
+        ]
 
     @property
     def recognised(self) -> str:
@@ -131,10 +175,12 @@ def find(config: DataConfig, *, quarantined: Path | None = None) -> Pictures:
     for whatever cannot be used, unless it is to be reported.
     """
     parts = [find_part(config, settings) for settings in config.named_sources()]
-    found = Pictures(parts)
-    if quarantined is not None and config.on_bad_image == "quarantine" and found.rejected:
-        quarantine(found.rejected, quarantined)
-    return found
+    if quarantined is not None and config.on_bad_image == "quarantine":
+        for part in parts:
+            folder = quarantined / str(part.settings.name) if len(parts) > 1 else quarantined
+            if part.source.rejected or folder.is_dir():
+                quarantine(part.source.rejected, folder)
+    return Pictures(parts)
 
 
 def find_part(config: DataConfig, settings: SourceConfig) -> Part:
@@ -158,6 +204,9 @@ def find_part(config: DataConfig, settings: SourceConfig) -> Part:
         caption_column=config.caption_column,
         progress=progress("reading pictures", os.environ.get("RANK", "0") == "0"),
     )
+    if settings.crop == "focus" and not any(source.table.column("focus")):
+        note = "data.crop=focus, and no picture has a focus point: the middle of each is kept"
+        source = replace(source, notes=[*source.notes, note])
     return bucketed(config, settings, source)
 
 
@@ -223,12 +272,8 @@ def cache_bytes(pictures: Pictures, *, config: DataConfig) -> int:
     random = any(part.settings.crop == "random" for part in pictures.parts)
     latents = cells * channels * 2 * (config.crop_variants if random else 1)
     captions = len(pictures.captions or []) + 1
-    windows = max(wording_tokens(part.settings) for part in pictures.parts) // 75
+    windows = pictures.tokens // 75
     return latents + captions * windows * 77 * 1024 * 2 + 1024 * (len(pictures.sizes) + captions)
-
-
-def wording_tokens(settings: SourceConfig) -> int:
-    return settings.captions.max_tokens if settings.captions else 75
 
 
 def progress(what: str, shown: bool) -> Callable[[int, int], None]:

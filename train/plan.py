@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.checks import token_counter
+from data.listing import few
 from train import models, pictures, rundir
 from train.config import RunConfig, UserError
 from train.models import BaseModel
@@ -42,7 +44,10 @@ def plan(config: RunConfig, *, result: str, trainable_bytes: int | None = None) 
     found = pictures.find(config.data, quarantined=_quarantine(config))
     finished = rundir.check(config, result=result)
     _check_space(config, found, trainable_bytes or models.fp32_bytes(base))
+    _check_folders(config)
     _say(_describe(config, base, found))
+    if config.dry_run:
+        _say_long_captions(found)
     if finished:
         _say(
             f"{config.output} is finished: {config.output / result}. For more, choose another "
@@ -121,12 +126,48 @@ def _describe(config: RunConfig, base: BaseModel, found: Pictures) -> str:
         [
             f"base     {base.path} ({base.kind}{known})",
             f"data     {found.summary()}",
+            *(f"source   {share}" for share in found.shares()),
             *(f"note     {note}" for note in found.notes),
-            f"train    {train.steps} steps of {train.batch_size} images, {optim.name} at "
-            f"{optim.learning_rate:g} ({optim.schedule}), precision {train.mixed_precision}",
+            f"train    {train.steps} steps of {train.batch_size} images{_epochs(config, found)}, "
+            f"{optim.name} at {optim.learning_rate:g} ({optim.schedule}), precision "
+            f"{train.mixed_precision}",
             f"output   {config.output}",
         ]
     )
+
+
+def _check_folders(config: RunConfig) -> None:
+    """The folders that are needed later, or would be in each other's way."""
+    held_out = config.evaluation.path
+    if held_out is not None and not held_out.is_dir():
+        raise UserError(
+            f"evaluation.path={held_out} is not a folder: give the held-out pictures, or "
+            "evaluation.path=null"
+        )
+    output = config.output.resolve()
+    for source in config.data.named_sources():
+        folder = Path(source.path).resolve()
+        if folder.is_dir() and (output == folder or folder in output.parents):
+            raise UserError(
+                f"output={config.output} lies in data.path={source.path}, so its previews would be "
+                "taken for pictures: choose another output="
+            )
+
+
+def _say_long_captions(found: Pictures) -> None:
+    """What the run itself, which has the tokenizer, says exactly."""
+    count = token_counter(None)
+    long = [id for id, text in found.worded() if count([text])[0] > found.tokens]
+    if long:
+        what = f"captions of more than {found.tokens} words and marks, which will be cut"
+        _say(f"note     {few(what, list(dict.fromkeys(long)))}")
+
+
+def _epochs(config: RunConfig, found: Pictures) -> str:
+    if not len(found.sizes):
+        return ""  # of a stream no one knows yet
+    order = found.order(seed=config.seed, batch_size=config.train.batch_size)
+    return f" ({order.epochs(config.train.steps):.3g} epochs of {order.batches_in(0)} steps)"
 
 
 def _say(text: str) -> None:

@@ -21,7 +21,6 @@ HARMLESS = (
     "dry_run",
     "output",
     "data.cache",
-    "data.cache_batch_size",
     "data.workers",
     "train.micro_batch_size",
     "train.gradient_checkpointing",

@@ -92,7 +92,10 @@ class Renders:
 
     def __init__(self, config: LoopConfig) -> None:
         self._config = config
-        self.steps_per_epoch = config.train.steps
+        self._steps = config.train.steps
+
+    def epochs(self, steps: int) -> float:
+        return steps / self._steps
 
     def __call__(self, start: int) -> Iterable[list[dict[str, Any]]]:
         for step in range(start, self._config.train.steps):

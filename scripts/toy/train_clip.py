@@ -51,7 +51,10 @@ class Pairs:
             for p in pictures
         ]
         self._method, self._config = method, config
-        self.steps_per_epoch = PICTURES // config.train.batch_size
+        self._each = PICTURES // config.train.batch_size
+
+    def epochs(self, steps: int) -> float:
+        return steps / self._each
 
     def __call__(self, start: int) -> Iterable[list[dict[str, Any]]]:
         for step in range(start, self._config.train.steps):

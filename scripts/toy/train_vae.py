@@ -45,7 +45,10 @@ class Crops:
 
     def __init__(self, pictures: list[np.ndarray], config: LoopConfig) -> None:
         self.pictures, self._config = pictures, config
-        self.steps_per_epoch = len(pictures) // config.train.batch_size
+        self._each = len(pictures) // config.train.batch_size
+
+    def epochs(self, steps: int) -> float:
+        return steps / self._each
 
     def __call__(self, start: int) -> Iterable[list[dict[str, Any]]]:
         for step in range(start, self._config.train.steps):
