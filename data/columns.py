@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from data.listing import shown
+from data.listing import MAX_TEXT_BYTES, shown
 from train.config import UserError
 
 if TYPE_CHECKING:
@@ -132,6 +132,8 @@ def captions(value: Any, default: str | None) -> tuple[str, ...]:
     found = tuple(clean for text in texts if (clean := " ".join((text or "").split())))
     if any("\0" in text for text in found):
         raise ValueError("has a caption that holds NUL, which is no text: mend it")
+    if any(len(text) > MAX_TEXT_BYTES for text in found):
+        raise ValueError(f"has a caption of more than {MAX_TEXT_BYTES} characters: shorten it")
     if not found and default is None:
         raise ValueError("has no caption: write one, or set data.caption for all such")
     return found or (default or "",)

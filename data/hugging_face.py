@@ -36,7 +36,7 @@ from data.examine import (
     wrong_size,
 )
 from data.files import Progress
-from data.listing import MAX_TEXT_BYTES, METADATA, Tally, shown
+from data.listing import METADATA, Tally, shown
 from data.records import FILE, ROW, Record
 from data.sources import Rejected, Source, complaint
 from train.config import UserError
@@ -343,12 +343,9 @@ def _examined(
 def _captions(texts: pa.Scalar | None, default: str | None) -> tuple[str, ...]:
     """A row's captions. Raises ValueError saying why they cannot be used."""
     try:
-        found = captions(None if texts is None else texts.as_py(), default)
+        return captions(None if texts is None else texts.as_py(), default)
     except UnicodeDecodeError:
         raise ValueError("has a caption that is not UTF-8: mend it") from None
-    if any(len(text) > MAX_TEXT_BYTES for text in found):
-        raise ValueError(f"has a caption of more than {MAX_TEXT_BYTES} characters: shorten it")
-    return found
 
 
 def measured(content: bytes) -> tuple[str, int, int]:
