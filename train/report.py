@@ -296,7 +296,9 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {text}" for name, text in _rows(value))
     if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
+        return ("; " if any(isinstance(v, Mapping) for v in value) else ", ").join(
+            map(_text, value)
+        )
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
