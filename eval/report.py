@@ -358,7 +358,8 @@ def _y_rule(tick: float, span: tuple[float, float]) -> str:
 
 def _x_mark(tick: float, span: tuple[float, float]) -> str:
     x = _place(tick, span, _LEFT, _RIGHT)
-    return f'<text class="middle" x="{x}" y="{_BOTTOM + 15}">{_tick_label(tick)}</text>'
+    anchor = "end" if float(x) > _RIGHT - 12 else "middle"  # no label is cut at the chart's edge
+    return f'<text class="{anchor}" x="{x}" y="{_BOTTOM + 15}">{_tick_label(tick)}</text>'
 
 
 def _tick_label(tick: float) -> str:
