@@ -250,10 +250,7 @@ def _ready(job: _Job, background: Colour, read: Callable[[Record], bytes]) -> Re
     box = maps.relative(fitted.box, record.width, record.height)
     if MASK in job.missing:
         content = _beside(record.mask, record.mask_sha256)
-        try:
-            ready[MASK] = maps.mask_latent(content, job.size, box)
-        except ValueError as error:
-            raise UserError(f"{record.mask} {error}: mend or remove it") from None
+        ready[MASK] = maps.mask_latent(content, job.size, box)
     if DEPTH in job.missing:
         content = _beside(record.depth, record.depth_sha256)
         ready[DEPTH] = maps.depth_latent(content, job.size, box)

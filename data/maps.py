@@ -30,11 +30,9 @@ def mask_latent(content: bytes, size: Size, box: Box) -> torch.Tensor:
 
     `content` is the file of a mask, upright as its picture; `box` what a crop keeps, from 0 to 1 of
     its sides. White counts, and what is transparent does not. Each latent gets the mean of the mask
-    over its place. Raises as `images.open_image`, and ValueError for a mask without any white.
+    over its place. Raises as `images.open_image`.
     """
     image = images.open_image(io.BytesIO(content), BLACK, cover=size).convert("L")
-    if image.getextrema() == (0, 0):
-        raise ValueError("is black all over, so that nothing of its picture would count")
     small = _resize(image.convert("F"), size, box, Image.Resampling.BOX)
     return _tensor(small / 255)
 

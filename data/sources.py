@@ -11,6 +11,7 @@ from data.captions import Layout, recognise
 from data.companions import KINDS, Kind
 from data.examine import Lock, examine, in_order, load, locked, remembered, store
 from data.files import Progress, silent
+from data.images import open_image
 from data.listing import Listing, Tally, first, list_folder, shown
 from data.quarantine import quarantine as quarantine
 from data.records import FILE, Record, Table
@@ -212,7 +213,12 @@ class _Scan:
         file = None
         try:
             file = self.layout.companion(name, kind)
-            return None if file is None else self._row(name, file, known)
+            if file is None:
+                return None
+            row = self._row(name, file, known)
+            if kind == "mask" and (known is None or known.sha256 != row.sha256):
+                _demand_white(row)
+            return row
         except ValueError as error:
             return Rejected(name, f"its {kind} {shown(file)} {error}" if file else str(error))
 
@@ -231,6 +237,12 @@ def _companions(beside: Mapping[Kind, Record]) -> dict[str, Any]:
     for kind, row in beside.items():
         fields |= {kind: row.location.removeprefix(FILE), f"{kind}_sha256": row.sha256}
     return fields
+
+
+def _demand_white(mask: Record) -> None:
+    with open_image(Path(mask.location.removeprefix(FILE)), (0, 0, 0)) as image:
+        if image.convert("L").getextrema() == (0, 0):
+            raise ValueError("is black all over, so nothing of its picture would count")
 
 
 def _demand_aspect(kind: Kind, companion: Record, picture: Record) -> None:

@@ -93,7 +93,7 @@ class Plan:
     problems: dict[str, str] = field(default_factory=dict)
     """What cannot be captioned and why, by id."""
     notes: list[str] = field(default_factory=list)
-    """What the folder was read as, and what was odd in it."""
+    """What is odd in the folder."""
 
 
 @dataclass
@@ -145,7 +145,7 @@ def make_plan(config: CaptioningConfig) -> Plan:
             f"source={config.source} holds a metadata file, so captions beside the pictures would "
             "not be read: move that file elsewhere, or write the captions into it"
         )
-    plan = Plan(problems=dict(listing.problems), notes=[layout.recognised, *listing.notes])
+    plan = Plan(problems=dict(listing.problems), notes=list(listing.notes))
     owners: dict[Path, str] = {}
     for name in layout.pictures:
         try:

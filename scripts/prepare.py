@@ -224,11 +224,10 @@ def refuse_overlap(config: PrepareConfig) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    ours = {INDEX, LOCK, "report.json"}
-    if folder.is_dir() and (there := {path.name for path in folder.iterdir()}) and not there & ours:
-        raise UserError(
-            f"output={folder} holds something else ({sorted(there)[0]}): give a new folder"
-        )
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = sorted(n for n in there if not n.startswith((LOCK, INDEX)) and n != "lost+found")
+    if foreign and INDEX not in there:
+        raise UserError(f"output={folder} holds something else ({foreign[0]}): give a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

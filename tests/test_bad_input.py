@@ -158,3 +158,16 @@ def test_a_dry_run_names_long_captions_and_what_crops_lack(world, tmp_path, caps
     lora.main([*arguments(world, tmp_path / "run", words, "data.crop=focus"), "dry_run=true"])
     said = capsys.readouterr().out
     assert "captions of more than 75 words" in said and "no picture has a focus point" in said
+
+
+def test_a_refused_run_has_written_nothing_among_the_pictures(world, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for file in (world / "pictures").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "bad.png").write_bytes(b"hello")
+    before = sorted(path.name for path in folder.rglob("*"))
+    values = arguments(world, folder / "run", "data.on_bad_image=quarantine")
+    with pytest.raises(UserError, match="would be taken for pictures"):
+        lora.main([*values, f"data.path={folder}"])
+    assert sorted(path.name for path in folder.rglob("*")) == before

@@ -14,7 +14,7 @@ from tests.folders import found, metadata, picture, refusal
 
 def grey(path, size=(12, 8), mode="L"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size).save(path)
+    Image.new(mode, size, 200).save(path)
     return path
 
 

@@ -146,3 +146,14 @@ def test_files_that_change_places_are_read_again(folder, tmp_path):
     again = scan(folder, index=tmp_path / "index.arrow").table
     assert first[0].sha256 != first[1].sha256
     assert [record.sha256 for record in again][:2] == [first[1].sha256, first[0].sha256]
+
+
+def test_what_was_only_touched_linked_or_copied_back_is_not_decoded_again(folder, tmp_path, reads):
+    index = tmp_path / "index.arrow"
+    first = list(scan(folder, index=index).table)
+    os.link(folder / "a.png", tmp_path / "link.png")
+    os.utime(folder / "b.png")
+    (folder / "c.png").write_bytes((folder / "c.png").read_bytes())
+    again = list(scan(folder, index=index).table)
+    assert len(reads) == 3
+    assert [record.sha256 for record in again] == [record.sha256 for record in first]

@@ -22,7 +22,12 @@ def test_rejected_files_are_copied_with_their_reasons_once(tmp_path):
     inode = (kept / "sub" / "bad.png").stat().st_ino
     assert quarantine(rejected, kept) == 1
     assert (kept / "sub" / "bad.png").stat().st_ino == inode
-    assert {path.name for path in kept.rglob("*")} == {"sub", "bad.png", "reasons.txt"}
+    assert {path.name for path in kept.rglob("*")} == {
+        "sub",
+        "bad.png",
+        "reasons.txt",
+        ".copies.json",
+    }
     reasons = (kept / "reasons.txt").read_text()
     assert "sub/bad.png:\tis not a picture" in reasons and "out.png:\tis a link" in reasons
     assert sorted(path.name for path in folder.rglob("*.png")) == sorted(
@@ -44,7 +49,8 @@ def test_a_copy_goes_once_its_file_is_mended_and_nothing_else_does(tmp_path):
         picture(folder / name)
     assert quarantine(scan(folder, on_bad="report").rejected, kept) == 2
     left = {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()}
-    assert left == {"reasons.txt", "notes.txt", "sub/mine.png", *names[3:]}
+    ours = {"reasons.txt", ".copies.json"}
+    assert left == {*ours, "notes.txt", "sub/mine.png", *names[3:]}
     assert "bad.png" not in (kept / "reasons.txt").read_text()
 
 
@@ -70,3 +76,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="quarantine .*on_bad_image=report"):
         quarantine([], tmp_path / "file" / "kept")
+
+
+def test_what_somebody_mended_or_put_there_is_never_removed(tmp_path):
+    folder, kept = tmp_path / "set", tmp_path / "kept"
+    for name in ("good.png", "bad.png"):
+        picture(folder / name)
+    (folder / "bad.png").write_bytes(b"hello")
+    os.mkfifo(folder / "pipe.png")
+    quarantine(scan(folder, on_bad="report").rejected, kept)
+    picture(kept / "bad.png", None)  # mended there
+    picture(kept / "pipe.png", None)  # of that name, but no copy
+    for name in ("bad.png", "pipe.png"):
+        (folder / name).unlink()
+    quarantine(scan(folder, on_bad="report").rejected, kept)
+    assert (kept / "bad.png").exists() and (kept / "pipe.png").exists()

@@ -5,6 +5,8 @@ Imports nothing of this project but the reading of it (train/parsing.py), and no
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -151,6 +153,12 @@ class SourceConfig(Section):
         return (self.captions or CaptionConfig()).max_tokens
 
 
+def _name(path: str) -> str:
+    """The last part of a path, or of a dataset's name."""
+    place = Path(path) if path.startswith("hf:") else Path(os.path.abspath(path))
+    return place.name.lstrip(".") or "pictures"
+
+
 class DataConfig(Cropping):
     path: str | None = None
     """Folder of pictures (captions in .txt/.caption files beside them, in texts/ beside images/, or
@@ -211,9 +219,9 @@ class DataConfig(Cropping):
             )
         if len({source.tokens for source in self.named_sources()}) > 1:
             raise ValueError("data.sources: captions.max_tokens must be the same for all of them")
-        for name in names:
-            if not name or "/" in name or name in (".", ".."):
-                raise ValueError(f"data.sources: name={name!r} must be a word, without /")
+        for source in self.sources:
+            if source.name is not None and not re.fullmatch(r"[^/.][^/]*", source.name):
+                raise ValueError(f"data.sources: name={source.name!r} must be a word, without /")
         return self
 
     def named_sources(self) -> list[SourceConfig]:
@@ -222,7 +230,7 @@ class DataConfig(Cropping):
         inherited = ("caption", "split", "resolution", "crop", "captions")
         return [
             source.model_copy(
-                update={"name": source.name or Path(source.path).name or "pictures"}
+                update={"name": source.name or _name(source.path)}
                 | {key: getattr(self, key) for key in inherited if getattr(source, key) is None}
             )
             for source in sources

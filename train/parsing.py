@@ -172,10 +172,14 @@ def _apply(values: dict[str, Any], override: str, texts: set[str]) -> None:
 
 
 def _explain(schema: type[Section], problem: dict[str, Any]) -> str:
-    # Of a value that may be of several kinds, pydantic adds the kind it tried.
-    key = ".".join(str(part) for part in problem["loc"] if not re.search(r"\W", str(part)))
+    parts = [str(part) for part in problem["loc"]]
+    if problem["type"] not in ("extra_forbidden", "missing"):
+        # Of a value that may be of several kinds, pydantic adds the kind it tried.
+        while len(parts) > 1 and not (parts[-1].isdigit() or _is_key(schema, ".".join(parts))):
+            parts.pop()
+    key = ".".join(parts)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{_nearest(schema, re.sub(r'[.][0-9]+(?=[.])', '[]', key))}"
+        return f"unknown key '{key}'{_nearest(schema, _numberless(key))}"
     if problem["type"] == "missing":
         below = [name for name, _ in fields(schema) if name.startswith(f"{key}.")]
         asked = f"{key}.path" if f"{key}.path" in below else (below or [key])[0]
@@ -188,6 +192,17 @@ def _explain(schema: type[Section], problem: dict[str, Any]) -> str:
         below = [name for name, _ in fields(schema) if name.startswith(f"{key}.")]
         return f"'{key}'={problem['input']!r}: it is a section; set its keys: {', '.join(below)}"
     return f"'{key}'={problem['input']!r}: {problem['msg']}"
+
+
+def _numberless(key: str) -> str:
+    """`sources.0.path` as `fields` has it: `sources[].path`."""
+    return re.sub(r"[.][0-9]+(?=[.])", "[]", key)
+
+
+def _is_key(schema: type[Section], key: str) -> bool:
+    known = [name for name, _ in fields(schema)]
+    name = _numberless(key)
+    return name in known or any(other.startswith(f"{name}.") for other in known)
 
 
 def _nearest(schema: type[Section], key: str) -> str:

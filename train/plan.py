@@ -40,11 +40,13 @@ def plan(config: RunConfig, *, result: str, trainable_bytes: int | None = None) 
     run that is finished. Raises UserError for whatever would stop the run later.
     """
     _check_optimizer(config.optim.name)
+    _check_output(config)
     base = models.inspect(config.model)
     found = pictures.find(config.data, quarantined=_quarantine(config))
     finished = rundir.check(config, result=result)
     _check_space(config, found, trainable_bytes or models.fp32_bytes(base))
-    _check_folders(config)
+    if not finished:
+        _check_held_out(config)
     _say(_describe(config, base, found))
     if config.dry_run:
         _say_long_captions(found)
@@ -136,18 +138,22 @@ def _describe(config: RunConfig, base: BaseModel, found: Pictures) -> str:
     )
 
 
-def _check_folders(config: RunConfig) -> None:
-    """The folders that are needed later, or would be in each other's way."""
+def _check_held_out(config: RunConfig) -> None:
+    """What is needed after the training."""
     held_out = config.evaluation.path
     if held_out is not None and not held_out.is_dir():
         raise UserError(
             f"evaluation.path={held_out} is not a folder: give the held-out pictures, or "
             "evaluation.path=null"
         )
+
+
+def _check_output(config: RunConfig) -> None:
     output = config.output.resolve()
     for source in config.data.named_sources():
         folder = Path(source.path).resolve()
-        if folder.is_dir() and (output == folder or folder in output.parents):
+        listed = any(folder.glob("metadata.*")) or any(folder.glob("dataset_*.json"))
+        if not listed and folder.is_dir() and (output == folder or folder in output.parents):
             raise UserError(
                 f"output={config.output} lies in data.path={source.path}, so its previews would be "
                 "taken for pictures: choose another output="

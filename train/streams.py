@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from data.store import TensorStore
     from train.method import Pipeline
 
-PICTURES_AT_ONCE = 64  # held in memory as files
+# Held in memory as files. Many, because each bucket's last batch is filled up to a whole one.
+PICTURES_AT_ONCE, BYTES_AT_ONCE = 256, 512 << 20
 
 
 def stream_in(
@@ -123,7 +124,7 @@ class _Passing:
     def _visit(self, pictures: Iterator[tuple[Record, bytes]]) -> None:
         from data.cache import cache_latents
 
-        while chunk := list(islice(pictures, PICTURES_AT_ONCE)):
+        while chunk := _chunk(pictures):
             table = self._large_enough(Table.of(record for record, _ in chunk))
             cache_latents(
                 self._keys(table),
@@ -153,6 +154,16 @@ class _Passing:
             crop_variants=self.data.crop_variants,
             background=self.data.background,
         )
+
+
+def _chunk(pictures: Iterator[tuple[Record, bytes]]) -> list[tuple[Record, bytes]]:
+    chunk, size = [], 0
+    for picture in islice(pictures, PICTURES_AT_ONCE):
+        chunk.append(picture)
+        size += len(picture[1])
+        if size >= BYTES_AT_ONCE:
+            break
+    return chunk
 
 
 def _reader(content: dict[str, bytes]) -> Callable[[Record], bytes]:
