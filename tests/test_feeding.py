@@ -237,3 +237,19 @@ def test_a_mask_without_any_white_is_named(world, tmp_path):
     with pytest.raises(UserError, match=r"\.mask\.png is black all over"):
         where = f"data.path={folder}"
         run(world, tmp_path / "run", where, "data.masks=true", "data.caption=x")
+
+
+def test_several_resolutions_train_in_one_run(world, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, size in enumerate([(64, 64), (50, 50), (48, 48), (64, 80)]):
+        Image.new("RGB", size, (number * 60, 90, 30)).save(folder / f"{number}.png")
+    run(
+        world, tmp_path / "run", f"data.path={folder}", "data.caption=x", "data.resolution=[48, 64]"
+    )
+    assert dataset(tmp_path / "run")["buckets"] == {"48x48": 2, "64x64": 2}
+
+
+def test_depth_maps_are_not_ignored_by_a_base_without_depth(world, tmp_path):
+    with pytest.raises(UserError, match=r"data.depth=true: .* is no depth model"):
+        run(world, tmp_path / "run", "data.depth=true")

@@ -42,6 +42,8 @@ def plan(config: RunConfig, *, result: str, trainable_bytes: int | None = None) 
     _check_optimizer(config.optim.name)
     _check_output(config)
     base = models.inspect(config.model)
+    if config.data.depth:  # `inspect` lets only UNets of 4 channels pass
+        raise UserError(f"data.depth=true: model.path={base.path} is no depth model; leave it out")
     found = pictures.find(config.data, quarantined=_quarantine(config))
     finished = rundir.check(config, result=result)
     _check_space(config, found, trainable_bytes or models.fp32_bytes(base))
