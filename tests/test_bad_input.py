@@ -171,3 +171,11 @@ def test_a_refused_run_has_written_nothing_among_the_pictures(world, tmp_path):
     with pytest.raises(UserError, match="would be taken for pictures"):
         lora.main([*values, f"data.path={folder}"])
     assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+def test_the_output_of_prepare_is_not_taken_for_pictures(world, tmp_path):
+    prepared = tmp_path / "prepared"
+    (prepared / "train").mkdir(parents=True)
+    (prepared / "prepared.json").write_text("{}")
+    said = complaint(world, tmp_path, f"data.path={prepared}")
+    assert f"data.path={prepared / 'train'}" in said

@@ -189,6 +189,11 @@ def find_part(config: DataConfig, settings: SourceConfig) -> Part:
         raise UserError(
             f"data.path={settings.path} is not made yet: run `make setup`, which makes it"
         )
+    if (Path(settings.path) / "prepared.json").is_file():
+        raise UserError(
+            f"data.path={settings.path} is an output of scripts/prepare.py: give its pictures, "
+            f"data.path={Path(settings.path) / 'train'}"
+        )
     if config.streaming:
         return _streamed(config, settings)
     source = scan(
