@@ -141,12 +141,6 @@ def orientation(image: Image.Image) -> int:
     return value if value in ORIENTATIONS else 1
 
 
-def upright_size(image: Image.Image) -> Size:
-    """The (width, height) of a decoded picture once its orientation is applied."""
-    width, height = image.size
-    return (height, width) if orientation(image) >= 5 else (width, height)
-
-
 def fit_geometry(
     width: int, height: int, size: Size, centre: tuple[float, float] = (0.5, 0.5)
 ) -> Fit:

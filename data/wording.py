@@ -126,12 +126,6 @@ class Wording:
         named = config.templates
         return cls(**values, templates=TEMPLATES[named] if isinstance(named, str) else tuple(named))
 
-    @property
-    def static(self) -> bool:
-        """Whether a picture's caption is the same each time, whatever its captions are."""
-        random = self.choose == "random" or self.wildcards or self._tagged
-        return not random and len(set(self.templates)) <= 1
-
     def caption(
         self, captions: Sequence[str], *, seed: int, epoch: int, id: str, repeat: int = 0
     ) -> str:
