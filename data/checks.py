@@ -219,16 +219,14 @@ def _cut(report: Mapping[str, Any]) -> str:
     if not captions["cut"]:
         return ""
     least = "" if captions["exact"] else "At least "
-    longer = "" if limit == 225 else f", or read more: data.captions.max_tokens={_more(limit)}"
+    most = max(cut["tokens"] for cut in captions["longest_cut"])
+    enough = next((tokens for tokens in (150, 225) if tokens >= most), None)
+    longer = f", or read all: data.captions.max_tokens={enough}" if enough else ""
     names = _for_example([cut["id"] for cut in captions["longest_cut"]], captions["cut"])
     return (
         f"{least}{many(captions['cut'], 'caption', 'is')} longer than {limit} tokens{names}, and "
         f"what is beyond would not be read. Shorten them{longer}."
     )
-
-
-def _more(limit: int) -> int:
-    return {75: 150}.get(limit, 225)
 
 
 def _said_again(report: Mapping[str, Any]) -> str:
