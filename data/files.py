@@ -16,6 +16,22 @@ def silent(done: int, total: int) -> None:
     """The progress that nobody watches."""
 
 
+def progress(what: str, shown: bool = True) -> Progress:
+    """A bar on stderr, where the work takes long enough."""
+    from tqdm import tqdm
+
+    # A delay keeps the bar out of what is done at once, an error message above all.
+    bar = tqdm(desc=what, unit="", disable=not shown, leave=False, delay=1.0)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return show
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that stands at `path` once all of it is on the disk, and never in part, also

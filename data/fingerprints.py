@@ -19,14 +19,13 @@ import numpy as np
 from PIL import Image
 
 from data.duplicates import SIDE, Prints, print_of
-from data.examine import reason
+from data.examine import READERS, reason
 from data.files import Progress
 from data.images import FORMATS, Colour, open_image, orientation
 from data.records import Record
 from train.config import UserError
 
 VERSION = 2  # to be raised whenever a picture would get other copies or other oddities
-READERS = min(8, os.cpu_count() or 1)
 ODDITIES = {
     "sideways": "turned upright, as the orientation in the file says",
     "transparent": "laid over the background colour where they are transparent",

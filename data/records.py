@@ -7,7 +7,6 @@ of numbers that planning needs.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from data.files import whole
 from train.config import UserError
 
 if TYPE_CHECKING:
@@ -114,18 +114,9 @@ class Table(Sequence[Record]):
         import pyarrow as pa
 
         schema = _schema(about or {})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                with pa.ipc.new_file(file, schema) as writer:
-                    for batch in _batches(records, schema):
-                        writer.write_batch(batch)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole(path) as file, pa.ipc.new_file(file, schema) as writer:
+            for batch in _batches(records, schema):
+                writer.write_batch(batch)
         return cls.open(path)
 
     def __len__(self) -> int:

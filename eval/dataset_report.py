@@ -15,18 +15,8 @@ from PIL import Image, ImageDraw
 from data.checks import many
 from data.images import open_image
 from data.records import FILE, Record, Table
-from eval.report import (
-    Bar,
-    Histogram,
-    facts,
-    heading,
-    histograms,
-    listing,
-    shapes,
-    verdict_line,
-    warning,
-    write_page,
-)
+from eval.charts import Bar, Histogram, heading, histograms, shapes
+from eval.report import facts, listing, verdict_line, warning, write_page
 
 _SIDE = 240  # pixels of a thumbnail's longer side
 _PAIRS, _REJECTED, _NAMED = 24, 24, 100

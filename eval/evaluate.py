@@ -14,12 +14,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.files import write_atomically
 from eval.inputs import find_result, held_out, read_run, split
 from train.config import EvaluationConfig, RunConfig, command, fields
 
@@ -199,9 +199,8 @@ def write(
     from eval.presentation import present
 
     by_id = {record.id: record for record in records}
-    temporary = folder / f".metrics.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "metrics.json")
+    content = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
+    write_atomically(folder / "metrics.json", content.encode("utf-8"))
     present(metrics, folder, lambda sample: fitted(by_id[sample["nearest"]["id"]], buckets))
 
 
@@ -225,16 +224,12 @@ def _buckets(config: RunConfig) -> list[Size]:
 
 def _load_base(config: RunConfig) -> tuple[Any, Any]:
     """The process's place among the others, and the base pipeline on its device."""
-    import torch
-
     from eval.processes import join, quieten
-    from train.models import load_pipeline
+    from train.models import dtype_of, load_pipeline
 
     quieten()
     state = join()
-    names = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    on_cpu = state.device.type == "cpu"
-    dtype = torch.float32 if on_cpu else names[config.train.mixed_precision]
+    dtype = dtype_of("no" if state.device.type == "cpu" else config.train.mixed_precision)
     model = config.model
     pipeline: Any = load_pipeline(
         model.path, revision=model.revision, config=model.config, dtype=dtype

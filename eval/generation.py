@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from data.files import whole
 
 Size = tuple[int, int]
 KEY = "sd-atelier"
@@ -144,12 +145,8 @@ def _write_png(path: Path, pixels: np.ndarray, settings: dict[str, Any]) -> None
 
     info = PngInfo()
     info.add_text(KEY, json.dumps(settings, sort_keys=True))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with whole(path) as file:
         Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _adapters(modules: Sequence[Any]) -> str:

@@ -86,11 +86,10 @@ def load_base(config: SamplingConfig, device: Any = None) -> Any:
     import diffusers
     import torch
 
-    from train.models import load_pipeline
+    from train.models import dtype_of, load_pipeline
 
     diffusers.utils.logging.disable_progress_bar()
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    model = config.model
+    model, dtype = config.model, dtype_of(config.precision)
     pipeline = load_pipeline(model.path, revision=model.revision, config=model.config, dtype=dtype)
     if config.scheduler:
         scheduler = getattr(diffusers, SCHEDULERS[config.scheduler])

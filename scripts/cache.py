@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from data.files import progress
 from train.config import RunFailed, Section, UserError, command, load
 
 if TYPE_CHECKING:
@@ -55,10 +56,8 @@ def main(arguments: list[str]) -> None:
 
 
 def verify(config: VerifyConfig) -> None:
-    from train.pictures import progress
-
     store = open_store(config.cache)
-    damage = store.verify(repair=config.repair, progress=progress("verifying", True))
+    damage = store.verify(repair=config.repair, progress=progress("verifying"))
     for found in damage[:NAMED_AT_MOST]:
         print(f"damaged  {found}")
     if len(damage) > NAMED_AT_MOST:
@@ -76,10 +75,8 @@ def verify(config: VerifyConfig) -> None:
 
 
 def prune(config: PruneConfig) -> None:
-    from train.pictures import progress
-
     store = open_store(config.cache)
-    done = store.prune(unused_days=config.unused_days, progress=progress("pruning", True))
+    done = store.prune(unused_days=config.unused_days, progress=progress("pruning"))
     print(f"kept {done.kept} entries, removed {done.removed}, freed {done.freed / 2**20:.1f} MiB")
 
 

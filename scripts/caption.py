@@ -204,12 +204,11 @@ def _stop_for(problems: Mapping[str, str], config: CaptioningConfig) -> None:
 
 def load_captioner(config: CaptioningConfig, device: torch.device) -> Captioner:
     """The model, without the libraries' remarks on loading."""
-    import torch
-    import transformers
+    from eval.processes import quieten
+    from train.models import dtype_of
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    quieten()
+    dtype = dtype_of(config.precision)
     return Captioner.load(config.model, revision=config.revision, dtype=dtype, device=device)
 
 

@@ -165,14 +165,14 @@ class Estimator:
     @classmethod
     def load(cls, config: DepthConfig, device: Any) -> Estimator:
         """Raises UserError where the model cannot be had or used."""
-        import torch
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
-        dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        from train.models import dtype_of
+
         where = {"revision": config.revision, "trust_remote_code": False}
         try:
             model = AutoModelForDepthEstimation.from_pretrained(
-                config.model, dtype=dtype[config.precision], use_safetensors=True, **where
+                config.model, dtype=dtype_of(config.precision), use_safetensors=True, **where
             )
             processor = AutoImageProcessor.from_pretrained(config.model, backend="pil", **where)
         except (OSError, ValueError, ImportError, KeyError) as error:

@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from data import duplicates, selection, splitting
 from data.buckets import too_small
 from data.checks import caption_statistics, token_counter, warnings
-from data.duplicates import DISTANCE, Match, Prints, matches_between
-from data.files import Progress, whole, write_atomically
+from data.duplicates import Match, Prints, matches_between
+from data.files import progress, whole, write_atomically
 from data.fingerprints import Fingerprints, fingerprints
-from data.images import WHITE
 from data.listing import NAMED_AT_MOST, shown
 from data.prepared import LOCK, alone, publish, published
 from data.records import Table
@@ -35,129 +31,10 @@ from data.selection import Selection
 from data.sources import Source, quarantine, scan
 from eval import dataset_account as account
 from eval.dataset_report import verdict, write_dataset_report
-from train.config import Colour, Cropping, Section, UserError, command, load
+from scripts.prepare_config import PrepareConfig
+from train.config import UserError, command, load
 
 INDEX = "index.arrow"
-
-
-S = TypeVar("S", bound=Section)
-
-
-def demand_model(section: S, key: str, model: object, limit: str) -> S:
-    """A limit that somebody set needs what measures it, or it would leave out nothing."""
-    if model is None and limit in section.model_fields_set and getattr(section, limit) is not None:
-        raise ValueError(f"{key.partition('.')[0]}.{limit} is set, but {key} is not: give it too")
-    return section
-
-
-class AestheticConfig(Section):
-    head: Path | None = None
-    """The predictor's weights, .safetensors or .pth; without it there is no aesthetic score."""
-    clip: str = "openai/clip-vit-large-patch14"
-    """The CLIP that the predictor was trained on: a folder or hub id."""
-    relu: bool = False
-    """Whether there are rectifiers between its linear layers (LAION's "relu" variants)."""
-    minimum: float | None = 4.5
-    """Pictures with a lower score are left out; null: only reported."""
-
-    @model_validator(mode="after")
-    def _measured(self) -> Self:
-        return demand_model(self, "aesthetic.head", self.head, "minimum")
-
-
-class ClipConfig(Section):
-    model: str | None = None
-    """CLIP folder or hub id; without it the likeness of picture and caption is not measured."""
-    minimum: float | None = Field(None, ge=-1, le=1)
-    """Pictures whose cosine with their caption is lower are left out; models differ in what is
-    usual, so look at the histogram first."""
-
-    @model_validator(mode="after")
-    def _measured(self) -> Self:
-        return demand_model(self, "clip.model", self.model, "minimum")
-
-
-class NsfwConfig(Section):
-    model: str | None = None
-    """Image classifier, a transformers folder or hub id; without it there is no such score."""
-    label: str | None = None
-    """The label that counts; default: the one with "nsfw" in it."""
-    maximum: float | None = Field(0.5, ge=0, le=1)
-    """Pictures with a higher probability are left out; null: only reported."""
-
-    @model_validator(mode="after")
-    def _measured(self) -> Self:
-        return demand_model(self, "nsfw.model", self.model, "maximum")
-
-
-class PrepareConfig(Cropping):
-    """A clean training set and a report on it (scripts/prepare.py)."""
-
-    source: str
-    """Folder of pictures, as data.path, or a Hugging Face dataset: on disk, or hf:OWNER/NAME."""
-    output: Path
-    """Folder to write; neither inside the source nor around it."""
-    files: Literal["link", "copy", "none"] = "link"
-    """How kept pictures get there: hard links where possible, copies, or not at all (reports
-    only)."""
-    split: str = "train"
-    """As data.split."""
-    revision: str | None = None
-    """As data.revision."""
-    image_column: str | None = None
-    """As data.image_column."""
-    caption_column: str | None = None
-    """As data.caption_column."""
-    caption: str | None = None
-    """As data.caption."""
-    on_bad_image: Literal["report", "quarantine", "abort"] = "report"
-    """As data.on_bad_image; quarantine copies them to OUTPUT/quarantine."""
-    background: Colour = WHITE
-    """As data.background."""
-    masks: bool = False
-    """As data.masks."""
-    depth: bool = False
-    """As data.depth."""
-    smallest: int | None = Field(None, ge=1)
-    """Pictures with a side of fewer pixels are left out."""
-    max_aspect: float | None = Field(None, ge=1)
-    """Pictures whose long side is more than so many times the short one are left out."""
-    duplicates: Literal["remove", "report", "off"] = "remove"
-    """Of pictures that show the same (also resized, recompressed, mirrored) keep the largest, only
-    report them, or do not look for them."""
-    duplicate_distance: int = Field(DISTANCE, ge=0, le=24)
-    """Bits, of 64, by which the hashes of two such pictures may differ."""
-    against: str | None = None
-    """A held-out set that exists already: pictures that show the same as one there are left out
-    too (with duplicates=remove) or reported."""
-    held_out: float = Field(0.0, ge=0)
-    """Pictures to hold out for evaluation: a share below 1, or a number of pictures. What an
-    earlier run in the same output held out stays so, and so does what it trained on, until this or
-    seed is changed."""
-    seed: int = 0
-    """Which pictures are held out."""
-    tokenizer: str | None = None
-    """Folder of a tokenizer, or of a base model, that counts the captions' tokens; without it they
-    are estimated."""
-    max_tokens: Literal[75, 150, 225] = 75
-    """As data.captions.max_tokens: longer captions are listed."""
-    batch_size: int = Field(8, ge=1)
-    """As train.batch_size: for what the report says of small buckets."""
-    aesthetic: AestheticConfig = AestheticConfig()
-    clip: ClipConfig = ClipConfig()
-    nsfw: NsfwConfig = NsfwConfig()
-    score_batch_size: int = Field(32, ge=1)
-    """Pictures scored at once."""
-    device: str | None = None
-    """Where scores are computed; default: cuda where there is one, else cpu."""
-
-    @model_validator(mode="after")
-    def _whole_number(self) -> Self:
-        if self.held_out >= 1 and self.held_out != round(self.held_out):
-            raise ValueError(
-                f"held_out={self.held_out}: a share below 1, or a whole number of pictures"
-            )
-        return self
 
 
 def main(arguments: list[str]) -> None:
@@ -171,7 +48,7 @@ def main(arguments: list[str]) -> None:
 def prepare(config: PrepareConfig) -> None:
     source = read_source(config)
     table, chosen = source.table, Selection(len(source.table))
-    looked = fingerprints(table, config.output, config.background, reporter("looked at"))
+    looked = fingerprints(table, config.output, config.background, progress("looked at"))
 
     by_measure(chosen, table, config)
     groups, matches = by_likeness(chosen, table, looked.prints(), config)
@@ -250,7 +127,7 @@ def read_source(config: PrepareConfig) -> Source:
             revision=config.revision,
             image_column=config.image_column,
             caption_column=config.caption_column,
-            progress=reporter("read"),
+            progress=progress("read"),
         )
     except UserError as error:
         raise UserError(_own_keys(str(error))) from None
@@ -267,21 +144,6 @@ def _own_keys(text: str, key: str = "source") -> str:
     text = re.sub(r"\bdata\.path=", f"{key}=", text)
     own = "caption|on_bad_image|split|revision|image_column|caption_column"
     return re.sub(rf"\bdata\.(?=({own})\b)", "", text)
-
-
-def reporter(what: str) -> Progress:
-    """Progress on stderr, where a person watches, a few times a second."""
-    last = 0.0
-
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if sys.stderr.isatty() and (now - last > 0.3 or done == total):
-            last = now
-            print(f"\r{what}: {done:,} of {total:,}", end="\n" if done == total else "", flush=True,
-                  file=sys.stderr)  # fmt: skip
-
-    return report
 
 
 # Choosing ------------------------------------------------------------------------------------
@@ -308,7 +170,7 @@ def by_likeness(
         _, groups = np.unique(np.array(table.column("sha256")), return_inverse=True)
         return groups, []
     distance = config.duplicate_distance
-    groups = duplicates.groups(prints, distance=distance, progress=reporter("compared"))
+    groups = duplicates.groups(prints, distance=distance, progress=progress("compared"))
     matches = selection.find_duplicates(
         table, prints, groups, chosen.left, distance=distance, default=config.caption
     )
@@ -328,7 +190,7 @@ def by_leak(
         return None
     source = read_held_out(config.against)
     other = source.table
-    seen = fingerprints(other, config.output, config.background, reporter("looked at"))
+    seen = fingerprints(other, config.output, config.background, progress("looked at"))
     left, remove = chosen.left, config.duplicates == "remove"
     theirs = np.arange(len(other)) + len(table)
     matches = matches_between(looked.union(seen), left, theirs, distance=config.duplicate_distance)
@@ -349,7 +211,7 @@ def by_leak(
 
 def read_held_out(path: str) -> Source:
     try:
-        source = scan(path, on_bad="report", caption="", progress=reporter("read"))
+        source = scan(path, on_bad="report", caption="", progress=progress("read"))
     except UserError as error:
         text = str(error).replace(", or leave them out with data.on_bad_image=report", "")
         text = text if "data.path=" in text else f"against={text}"
@@ -373,7 +235,7 @@ def by_scores(chosen: Selection, table: Table, config: PrepareConfig) -> dict[st
         config.output,
         background=config.background,
         batch_size=config.score_batch_size,
-        progress=reporter("scored"),
+        progress=progress("scored"),
     )
     scores = {}
     for name, values in found.items():
@@ -456,7 +318,7 @@ def write(
         sets = {"train": table.take(left[~held_out[left]])}
         if config.held_out:
             sets["held-out"] = table.take(left[held_out[left]])
-        publish(config.output, sets, how=config.files, progress=reporter("written"))
+        publish(config.output, sets, how=config.files, progress=progress("written"))
     with whole(config.output / "pictures.jsonl") as file:
         for row in account.picture_rows(chosen, table, held_out, scores, config):
             file.write(json.dumps(row).encode("ascii") + b"\n")

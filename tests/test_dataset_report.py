@@ -8,9 +8,9 @@ from PIL import Image
 from data.checks import caption_statistics, short_batches, token_counter, warnings
 from data.images import fit_geometry
 from data.records import FILE, Record, Table
+from eval.charts import Bar, Histogram, histograms, shapes
 from eval.dataset_account import geometry
 from eval.dataset_report import _with_boxes, verdict, write_dataset_report
-from eval.report import Bar, Histogram, histograms, shapes
 from scripts.prepare import PrepareConfig
 from train.config import Cropping
 

@@ -8,8 +8,9 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from data.files import progress
 from train.config import DataConfig, RunConfig
-from train.pictures import Pictures, progress
+from train.pictures import Pictures
 from train.streams import stream_in
 
 if TYPE_CHECKING:

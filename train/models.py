@@ -270,12 +270,15 @@ def store_in(pipeline: Pipeline, mixed_precision: str) -> None:
 
     Comes after caching, which is done in fp32, and never for weights that train.
     """
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        module.to(dtype_of(mixed_precision))
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """What no (fp32), bf16 and fp16 mean."""
     import torch
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
-    if dtype:
-        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            module.to(dtype)
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def fingerprint(module: nn.Module) -> str:

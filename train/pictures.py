@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from data.buckets import account, buckets_of, too_small
+from data.files import progress
 from data.order import Order
 from data.records import Joined, Table
 from data.sources import Rejected, Source, complaint, quarantine, scan
@@ -279,18 +280,3 @@ def cache_bytes(pictures: Pictures, *, config: DataConfig) -> int:
     captions = len(pictures.captions or []) + 1
     windows = pictures.tokens // 75
     return latents + captions * windows * 77 * 1024 * 2 + 1024 * (len(pictures.sizes) + captions)
-
-
-def progress(what: str, shown: bool) -> Callable[[int, int], None]:
-    from tqdm import tqdm
-
-    # A delay keeps the bar out of what is done at once, an error message above all.
-    bar = tqdm(desc=what, unit="", disable=not shown, leave=False, delay=1.0)
-
-    def show(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return show

@@ -67,8 +67,10 @@ def start(config: RunConfig, planned: Plan) -> tuple[Accelerator, Pipeline]:
 
     Raises UserError where a run that is to be resumed had another base or other pictures.
     """
+    from eval.processes import quieten
     from train.launch import open_accelerator
 
+    quieten()
     accelerator = open_accelerator(config.train.mixed_precision)
     pipeline = models.load_base(config, accelerator)
     _say(f"predicts {pipeline.scheduler.config.prediction_type}")

@@ -14,13 +14,11 @@ from typing import Any
 
 import yaml
 
+from eval.charts import Chart, Curve, charts
 from eval.report import (
-    Chart,
     Comparison,
-    Curve,
     Panel,
     Section,
-    charts,
     facts,
     link,
     listing,

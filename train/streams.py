@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.buckets import buckets_of, too_small
+from data.files import progress
 from data.records import Record, Table
 from train.config import DataConfig
-from train.pictures import Part, Pictures, bucketed, cropping, policy, progress
+from train.pictures import Part, Pictures, bucketed, cropping, policy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

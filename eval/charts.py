@@ -1,0 +1,211 @@
+"""Charts as pieces of a report: SVG in HTML, without a script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+_WIDTH, _HEIGHT = 400, 200  # of a chart, in units of its text's pixels
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 392, 26, 168  # of the area inside its axes
+_COLUMNS = 300  # of a curve; within one only the least and the largest value are drawn
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value (not finite: a gap) at every x of its chart."""
+
+    name: str
+    values: Sequence[float]
+    look: Literal["main", "pale", "limit"] = "main"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one x axis; `y_label` and `x_label` name the units."""
+
+    title: str
+    y_label: str
+    x_label: str
+    x: Sequence[float]
+    curves: Sequence[Curve]
+    from_zero: bool = True
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many fall between two neighbouring `edges` (n + 1); `limit` is drawn as a line."""
+
+    title: str
+    y_label: str
+    x_label: str
+    edges: Sequence[float]
+    counts: Sequence[int]
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A rectangle of this width and height, and a number drawn as a bar beside it."""
+
+    shape: tuple[int, int]
+    label: str
+    number: int
+    note: str = ""
+
+
+def charts(title: str, explanation: str, drawn: Sequence[Chart]) -> str:
+    """Charts side by side; one without a finite value is left out."""
+    cards = "".join(_chart(chart) for chart in drawn)
+    if not cards:
+        return ""
+    heading = f"<h2>{escape(title)}</h2><p>{escape(explanation)}</p>"
+    return f'{heading}<div class="cards pairs">{cards}</div>'
+
+
+def histograms(title: str, explanation: str, drawn: Sequence[Histogram]) -> str:
+    """Histograms side by side; nothing where there are none."""
+    cards = "".join(_histogram(each) for each in drawn)
+    return f'{heading(title, explanation)}<div class="cards pairs">{cards}</div>' if cards else ""
+
+
+def shapes(title: str, explanation: str, bars: Sequence[Bar]) -> str:
+    """Rectangles in proportion to each other, each with its bar; nothing where there are none."""
+    longest = max((max(bar.shape) for bar in bars), default=1)
+    most = max((bar.number for bar in bars), default=1)
+    rows = "".join(_shape(bar, 40 / longest, 100 / most) for bar in bars)
+    return f'{heading(title, explanation)}<div class="shapes">{rows}</div>' if rows else ""
+
+
+def heading(title: str, explanation: str = "") -> str:
+    return f"<h2>{escape(title)}</h2>" + (f"<p>{escape(explanation)}</p>" if explanation else "")
+
+
+def _chart(chart: Chart) -> str:
+    finite = [v for curve in chart.curves for v in curve.values if math.isfinite(v)]
+    if not finite:
+        return ""
+    y_ticks = _ticks(min([*finite, 0.0] if chart.from_zero else finite), max(finite))
+    x_ticks = [tick for tick in _ticks(0.0, max(chart.x)) if tick <= max(chart.x)]
+    x_span, y_span = (0.0, max(chart.x) or 1.0), (y_ticks[0], y_ticks[-1])
+    paths = "".join(
+        f'<path class="{curve.look}" d="{_path(chart.x, curve.values, x_span, y_span)}"/>'
+        for curve in chart.curves
+    )
+    rules = "".join(_y_rule(tick, y_span) for tick in y_ticks)
+    marks = "".join(_x_mark(tick, x_span) for tick in x_ticks)
+    several = chart.curves if len(chart.curves) > 1 else []
+    key = "".join(f'<span class="{c.look}">{escape(c.name)}</span>' for c in several)
+    label = escape(f"{chart.title}, {chart.y_label}, over {chart.x_label}")
+    return (
+        f'<article><h3>{escape(chart.title)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{label}">{rules}{marks}<text x="0" y="11">{escape(chart.y_label)}</text>'
+        f'<text class="end" x="{_RIGHT}" y="{_HEIGHT - 3}">{escape(chart.x_label)}</text>'
+        f'{paths}</svg><p class="key">{key}</p></article>'
+    )
+
+
+def _histogram(histogram: Histogram) -> str:
+    y_ticks = _ticks(0.0, max(histogram.counts))
+    x_span, y_span = (histogram.edges[0], histogram.edges[-1]), (0.0, y_ticks[-1])
+    if histogram.limit is not None:
+        x_span = (min(x_span[0], histogram.limit), max(x_span[1], histogram.limit))
+    x_ticks = [tick for tick in _ticks(*x_span) if x_span[0] <= tick <= x_span[1]]
+    bars = "".join(
+        f'<path class="bar" d="M{_place(left, x_span, _LEFT, _RIGHT)} {_BOTTOM}'
+        f"V{_place(count, y_span, _BOTTOM, _TOP)}"
+        f'H{_place(right, x_span, _LEFT, _RIGHT)}V{_BOTTOM}z"/>'
+        for left, right, count in zip(
+            histogram.edges, histogram.edges[1:], histogram.counts, strict=False
+        )
+        if count
+    )
+    limit = ""
+    if histogram.limit is not None:
+        at = _place(histogram.limit, x_span, _LEFT, _RIGHT)
+        limit = f'<path class="limit" d="M{at} {_TOP}V{_BOTTOM}"/>'
+    rules = "".join(_y_rule(tick, y_span) for tick in y_ticks)
+    # A number in the middle of the last mark would stand out of the picture.
+    marks = "".join(_x_mark(tick, x_span) for tick in x_ticks if tick < 0.97 * x_span[1])
+    label = escape(f"{histogram.title}: {histogram.y_label} by {histogram.x_label}")
+    return (
+        f'<article><h3>{escape(histogram.title)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'role="img" aria-label="{label}">{rules}{marks}'
+        f'<text x="0" y="11">{escape(histogram.y_label)}</text>'
+        f'<text class="end" x="{_RIGHT}" y="{_HEIGHT - 3}">{escape(histogram.x_label)}</text>'
+        f"{bars}{limit}</svg></article>"
+    )
+
+
+def _shape(bar: Bar, scale: float, share: float) -> str:
+    width, height = (side * scale for side in bar.shape)
+    return (
+        f'<div><svg viewBox="0 0 44 44" role="img" aria-label="{escape(bar.label)}">'
+        f'<rect x="{22 - width / 2:.1f}" y="{22 - height / 2:.1f}" width="{width:.1f}" '
+        f'height="{height:.1f}"/></svg><b>{escape(bar.label)}</b>'
+        f'<span class="track"><i style="width:{bar.number * share:.1f}%"></i></span>'
+        f"<b>{bar.number:,}</b><small>{escape(bar.note)}</small></div>"
+    )
+
+
+def _path(
+    x: Sequence[float],
+    y: Sequence[float],
+    x_span: tuple[float, float],
+    y_span: tuple[float, float],
+) -> str:
+    """SVG path data; values that are not finite break the curve, a lone one is a dot."""
+    strokes: list[list[str]] = [[]]
+    for at, value in _thin(list(zip(x, y, strict=True))):
+        if math.isfinite(value):
+            across = _place(at, x_span, _LEFT, _RIGHT)
+            strokes[-1].append(f"{across} {_place(value, y_span, _BOTTOM, _TOP)}")
+        elif strokes[-1]:
+            strokes.append([])
+    return "".join(f"M{'L'.join(stroke)}h0" for stroke in strokes if stroke)
+
+
+def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most two points for each of _COLUMNS equal parts: no spike is lost, no page is huge."""
+    size = -(-len(points) // _COLUMNS)
+    if size <= 2:
+        return points
+    kept: list[tuple[float, float]] = []
+    for start in range(0, len(points), size):
+        finite = [(y, x) for x, y in points[start : start + size] if math.isfinite(y)]
+        ends = sorted((x, y) for y, x in {min(finite), max(finite)}) if finite else []
+        kept += ends or [points[start]]
+    return kept
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Up to six or so evenly spaced round numbers, the outer two at or beyond low and high."""
+    high = high if high > low else low + (abs(low) or 1.0)
+    rough = (high - low) / 4
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * factor for factor in (1, 2, 5, 10, 20) if size * factor >= rough)
+    return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def _place(value: float, span: tuple[float, float], start: float, end: float) -> str:
+    return f"{start + (value - span[0]) / (span[1] - span[0]) * (end - start):.4g}"
+
+
+def _y_rule(tick: float, span: tuple[float, float]) -> str:
+    y = _place(tick, span, _BOTTOM, _TOP)
+    return (
+        f'<path class="rule" d="M{_LEFT} {y}H{_RIGHT}"/>'
+        f'<text class="end" x="{_LEFT - 6}" y="{y}" dy="4">{_tick_label(tick)}</text>'
+    )
+
+
+def _x_mark(tick: float, span: tuple[float, float]) -> str:
+    x = _place(tick, span, _LEFT, _RIGHT)
+    anchor = "end" if float(x) > _RIGHT - 12 else "middle"  # no label is cut at the chart's edge
+    return f'<text class="{anchor}" x="{x}" y="{_BOTTOM + 15}">{_tick_label(tick)}</text>'
+
+
+def _tick_label(tick: float) -> str:
+    return f"{tick:,.7g}".replace("e-0", "e-").replace("e+0", "e")
