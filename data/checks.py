@@ -221,7 +221,8 @@ def _cut(report: Mapping[str, Any]) -> str:
     least = "" if captions["exact"] else "At least "
     most = max(cut["tokens"] for cut in captions["longest_cut"])
     enough = next((tokens for tokens in (150, 225) if tokens >= most), None)
-    longer = f", or read all: data.captions.max_tokens={enough}" if enough else ""
+    how = "all" if captions["exact"] else "more"
+    longer = f", or read {how}: data.captions.max_tokens={enough}" if enough else ""
     names = _for_example([cut["id"] for cut in captions["longest_cut"]], captions["cut"])
     return (
         f"{least}{many(captions['cut'], 'caption', 'is')} longer than {limit} tokens{names}, and "
