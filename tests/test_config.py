@@ -241,7 +241,10 @@ def test_defaults_are_those_of_the_published_recipe():
     defaults = yaml.safe_load(dump(lora()))
     assert defaults["optim"]["betas"] == [0.9, 0.999]
     assert defaults["train"]["clip_norm"] == 1.0
-    assert defaults["diffusion"] == {"prediction_type": None, "min_snr_gamma": None}
+    diffusion = defaults["diffusion"]
+    assert diffusion["prediction_type"] is None and diffusion["min_snr_gamma"] is None
+    assert diffusion["loss"] == "mse" and diffusion["timesteps"] == "uniform"
+    assert not (diffusion["noise_offset"] or diffusion["input_perturbation"])
 
 
 def test_texts_on_the_command_line_are_taken_as_they_stand():

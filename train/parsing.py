@@ -226,7 +226,7 @@ def fields(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]
     each item of a list."""
     for name, field in schema.model_fields.items():
         section, item = _section(field.annotation)
-        if section is None or item:
+        if section is not field.annotation:
             yield f"{prefix}{name}", field
         if section is not None:
             yield from fields(section, f"{prefix}{name}{item}.")
@@ -238,7 +238,7 @@ def _section(annotation: Any) -> tuple[type[Section] | None, str]:
         return _section(get_args(annotation)[0])[0], "[]"
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     found = [k for k in kinds if isinstance(k, type) and issubclass(k, Section)]
-    return (found[0] if found and annotation is found[0] else None), ""
+    return (found[0] if found else None), ""
 
 
 def describe(schema: type[Section], default: Path | None) -> str:
