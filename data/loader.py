@@ -22,6 +22,7 @@ from data.records import Record
 from train.config import UserError
 
 if TYPE_CHECKING:
+    from data.noising import Noising
     from data.store import TensorStore
     from data.wording import Wording
 
@@ -42,6 +43,7 @@ class _Seen(NamedTuple):
     record: Record
     purpose: tuple[int | str, ...]  # what its randomness is drawn for
     caption: str
+    timestep: int
 
 
 @dataclass(kw_only=True)
@@ -61,7 +63,8 @@ class TrainingSet:
     seed: int
     scaling_factor: float
     """The VAE's."""
-    num_train_timesteps: int
+    noising: Noising
+    """Which timesteps and noise."""
     sources: np.ndarray | None = None
     """Which source each record is from, (n,); None where there is one."""
     embedding_key: Callable[[str], str] | None = None
@@ -88,9 +91,10 @@ class TrainingSet:
         its samples stand twice, the second time with weight 0, so that all processes have as many.
         Captions are as long as the longest of the global batch.
         """
+        indices, repeats = self.order.batch(step)
         seen = [
-            self._seen(step, int(index), int(repeat))
-            for index, repeat in zip(*self.order.batch(step), strict=True)
+            self._seen(step, int(index), int(repeat), position, len(indices))
+            for position, (index, repeat) in enumerate(zip(indices, repeats, strict=True))
         ]
         positions, weights = share(len(seen), rank=rank, world=world)
         batch = _stack([self._picture(seen[position]) for position in positions])
@@ -102,35 +106,39 @@ class TrainingSet:
         """One record as it is trained on at one step, having been there `repeat` times in its
         epoch.
 
-        "latents" and "noise" (C, h, w) and "prompt_embeds" (L, D), all float32, or "input_ids"
-        (L,); "timestep" and "source" int64; "mask" (1, h, w) from 0 to 1 if there are `masks`, and
-        "depth" (1, h, w) from -1 to 1 where the record has one. Raises UserError where the cache
-        lacks any of it.
+        "latents" and "noise" (C, h, w), "input_noise" where the input's differs, and
+        "prompt_embeds" (L, D), all float32, or "input_ids" (L,); "timestep" and "source" int64;
+        "mask" (1, h, w) from 0 to 1 if there are `masks`, and "depth" (1, h, w) from -1 to 1 where
+        the record has one. Raises UserError where the cache lacks any of it.
         """
-        seen = self._seen(step, index, repeat)
+        seen = self._seen(step, index, repeat, position=0, total=1)
         text = self._text([seen.caption], [0])
         return self._picture(seen) | {name: values[0] for name, values in text.items()}
 
-    def _seen(self, step: int, index: int, repeat: int) -> _Seen:
+    def _seen(self, step: int, index: int, repeat: int, position: int, total: int) -> _Seen:
+        """The sample at `position` of the `total` of its global batch."""
         record = self.records[index]
         purpose = (step, record.id, repeat) if repeat else (step, record.id)
+        timestep = self.noising.timestep(self.seed, step, purpose, position=position, total=total)
         if counter.uniform(self.seed, "caption", *purpose) < self.caption_dropout:
-            return _Seen(index, record, purpose, "")
+            return _Seen(index, record, purpose, "", timestep)
         epoch, _ = self.order.position(step)
         caption = self.wordings[self._source(index)].caption(
             record.captions, seed=self.seed, epoch=epoch, id=record.id, repeat=repeat
         )
-        return _Seen(index, record, purpose, caption)
+        return _Seen(index, record, purpose, caption, timestep)
 
     def _source(self, index: int) -> int:
         return 0 if self.sources is None else int(self.sources[index])
 
     def _picture(self, seen: _Seen) -> dict[str, Any]:
-        timestep = counter.integer(self.num_train_timesteps, self.seed, "timestep", *seen.purpose)
         latents, beside = self._latents(seen)
-        noise = counter.normal(latents.shape, self.seed, "noise", *seen.purpose)
-        facts = {"timestep": timestep, "source": self._source(seen.row)}
-        return {"latents": latents, "noise": torch.from_numpy(noise), **facts, **beside}
+        noise = {
+            name: torch.from_numpy(values)
+            for name, values in self.noising.noise(latents.shape, self.seed, seen.purpose).items()
+        }
+        facts = {"timestep": seen.timestep, "source": self._source(seen.row)}
+        return {"latents": latents, **noise, **facts, **beside}
 
     def _latents(self, seen: _Seen) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The latents (C, h, w), drawn and scaled, and what lies beside them (1, h, w)."""

@@ -27,7 +27,8 @@ def tokenize(
     A window is the start token, up to 75 tokens, the end token and padding. Each is to be encoded
     by itself and the results joined along the sequence, as ComfyUI and AUTOMATIC1111 read long
     prompts. A word that would lie across a border goes to the next window as a whole, unless it is
-    longer than a window or no further window is allowed. Captions that need fewer than k end in
+    longer than a window or no further window is allowed. A word of several embeddings is read as
+    all of them, as pipelines read it, and is one such word. Captions that need fewer than k end in
     windows of the empty caption. A special token that a caption spells out ("<|endoftext|>") is
     read as that token, as pipelines read it, and counts as one of the 75.
     """
@@ -56,6 +57,26 @@ def cut_captions(
         for index, (length, windows) in enumerate(_windows_of(tokenizer, captions, max_tokens))
         if length > sum(map(len, windows))
     ]
+
+
+def embedding_names(token: str, vectors: int) -> list[str]:
+    """What the tokenizer calls the embeddings of a word of textual inversion: `<owl>`, `<owl>_1`
+    and so on, as diffusers' `load_textual_inversion` does."""
+    return [token, *(f"{token}_{index}" for index in range(1, vectors))]
+
+
+def _several(tokenizer: CLIPTokenizer) -> dict[int, Ids]:
+    """All ids of each word of several embeddings, by the first of them, from the names that the
+    tokenizer has (as diffusers' `maybe_convert_prompt` finds them)."""
+    added: dict[str, int] = tokenizer.added_tokens_encoder
+    found: dict[int, Ids] = {}
+    for token, first in added.items():
+        ids = [first]
+        while (following := added.get(f"{token}_{len(ids)}")) is not None:
+            ids.append(following)
+        if len(ids) > 1:
+            found[first] = ids
+    return found
 
 
 def _windows_of(
@@ -99,6 +120,7 @@ def _read(
     tokenizer: CLIPTokenizer, captions: Sequence[str]
 ) -> Iterator[tuple[Ids, Sequence[int | None]]]:
     """Each caption's tokens, and the number of the word that each token is of."""
+    several = _several(tokenizer)
     for start in range(0, len(captions), AT_ONCE):
         # Not verbose: no warning about captions longer than the model's limit, which is the point.
         batch = tokenizer(
@@ -108,4 +130,17 @@ def _read(
             verbose=False,
         )
         for index, ids in enumerate(batch.input_ids):
-            yield ids, batch.word_ids(index)
+            words = batch.word_ids(index)
+            yield _expanded(ids, words, several) if several else (ids, words)
+
+
+def _expanded(
+    ids: Ids, words: Sequence[int | None], several: dict[int, Ids]
+) -> tuple[Ids, Sequence[int | None]]:
+    """With every embedding of a word of several, all of the same word."""
+    pairs = [
+        (one, word)
+        for id, word in zip(ids, words, strict=True)
+        for one in several.get(id, [id])
+    ]
+    return [id for id, _ in pairs], [word for _, word in pairs]

@@ -84,9 +84,9 @@ RUNS_PER_VARIANT = 64  # ways to one and the same caption that `variants` follow
 class Wording:
     """How captions are put into words; the fields are as in CaptionConfig.
 
-    In this order: one of several captions is chosen, wildcards are replaced, tags are dropped and
-    shuffled, the trigger is put in front where it is lacking, a template is filled, prefix and
-    suffix are added, and white space becomes single spaces.
+    In this order: one of several captions is chosen, or `replace` where it is given, wildcards are
+    replaced, tags are dropped and shuffled, the trigger is put in front where it is lacking, a
+    template is filled, prefix and suffix are added, and white space becomes single spaces.
 
     - Wildcards nest; choices may be empty. Braces without a partner stay as they are, and so do,
       without their backslash, \\{ and \\| and \\}.
@@ -102,6 +102,7 @@ class Wording:
     suffix: str = ""
     trigger: str = ""
     choose: str = "random"
+    replace: str = ""
     separator: str = ","
     shuffle_tags: bool = False
     keep_tags: int = 0
@@ -157,6 +158,7 @@ class Wording:
         return self.shuffle_tags or self.tag_dropout > 0
 
     def _worded(self, captions: Sequence[str], draw: _Draw) -> str:
+        captions = (self.replace,) if self.replace else captions
         text = _one(captions[:1] if self.choose == "first" else captions, draw)
         if self.wildcards:
             text = _expand(text, draw)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from data.loader import TrainingSet, cut, loader
+from data.noising import Noising
 from data.order import Order
 from data.records import Record
 from data.store import TensorStore
 from data.wording import Wording
-from train.config import UserError
+from train.config import DiffusionConfig, UserError
 
 SIZES = np.array([(64, 64)] * 4 + [(32, 64)] * 2 + [(64, 32)])  # 7 images, 3 aspects
 CAPTIONS = ["", *(f"caption {n}" for n in range(7))]
@@ -56,7 +57,7 @@ def training_set(folder: Path, **changed: Any) -> TrainingSet:
         "embedding_key": embedding_key,
         "seed": 11,
         "scaling_factor": 0.5,
-        "num_train_timesteps": 1000,
+        "noising": Noising.of(DiffusionConfig(), 1000),
         "flip": True,
         "caption_dropout": 0.3,
     }

@@ -39,6 +39,13 @@ def test_one_of_several_captions_is_drawn_evenly_or_the_first_taken():
     assert Wording().variants(("b", "a", "b")) == ["a", "b"]
 
 
+def test_a_replacement_stands_for_whatever_captions_there_are():
+    for texts in (("a", "b"), ("a",), ()):
+        assert set(captions(Wording(replace="<owl>"), texts)) == {"<owl>"}
+    whole = Wording(replace="{x|x}, y", wildcards=True, trigger="sks", templates=("a {}!",))
+    assert the_one(whole, "z") == "a sks, x, y!"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -156,6 +163,7 @@ def test_every_key_of_the_configuration_counts():
         "suffix": "s",
         "trigger": "t",
         "choose": "first",
+        "replace": "r",
         "separator": ";",
         "shuffle_tags": True,
         "keep_tags": 1,
@@ -188,6 +196,7 @@ wordings = st.builds(
     suffix=st.sampled_from(["", " s"]),
     trigger=st.sampled_from(["", "a", "t u"]),
     choose=st.sampled_from(["first", "random"]),
+    replace=st.sampled_from(["", "", "r, s"]),
     shuffle_tags=st.booleans(),
     keep_tags=st.integers(0, 2),
     tag_dropout=st.sampled_from([0.0, 0.5]),

@@ -337,7 +337,7 @@ class DreamBoothConfig(Section):
     """What keeps the class as it is: pictures of the class that are trained on beside the
     subject's; prediction: the base's own prediction for the class prompt, no pictures needed."""
     prior_weight: float = Field(1.0, gt=0)
-    """The loss is the mean over the subject's pictures plus so much of the mean over the class's."""
+    """The loss is the mean over the subject's pictures plus this times the class's."""
     class_images: int = Field(200, ge=1)
     """Pictures of each class that are made."""
     class_steps: int = Field(25, ge=1)

@@ -2,41 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from train.diffusion import Objective
 from train.models import text_encoder_output
 
+Batch = dict[str, Any]
+Prior = Callable[[Tensor, Tensor, Batch], Tensor]
+"""The frozen base: UNet input (B, C, h, w), timesteps (B,) and the batch to its prediction."""
+
 
 class Denoiser(nn.Module):
     """UNet, objective and text encoder, any of them frozen.
 
-    forward: batch with "latents" and "noise" (B, 4, h, w), "timestep" (B,), either "prompt_embeds"
-    (B, 77 k, D) or "input_ids" (B, 77 k) of k windows, and perhaps "mask" (B, 1, h, w) -> losses
-    (B,), fp32.
+    forward: a batch of data/loader.py -> losses (B,), fp32. Samples that it marks as "prior" are to
+    be predicted as `prior` predicts them.
     """
 
-    def __init__(self, unet: nn.Module, objective: Objective, text_encoder: nn.Module) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        objective: Objective,
+        text_encoder: nn.Module,
+        *,
+        prior: Prior | None = None,
+    ) -> None:
         super().__init__()
         self.unet, self.objective, self.text_encoder = unet, objective, text_encoder
+        self._prior = prior
 
-    def forward(self, batch: dict[str, Any]) -> Tensor:
-        text = self._text(batch)
-
-        def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-            return self.unet(noisy_latents, timesteps, encoder_hidden_states=text).sample
-
-        return self.objective(
-            predict,
-            batch["latents"],
-            batch["noise"],
-            batch["timestep"],
-            mask=batch.get("mask"),
+    def forward(self, batch: Batch) -> Tensor:
+        latents, noise, timesteps = batch["latents"], batch["noise"], batch["timestep"]
+        noisy_latents = self.objective.add_noise(
+            latents, batch.get("input_noise", noise), timesteps
         )
+        inputs = torch.cat([noisy_latents, *beside(batch)], dim=1)  # (B, 4 | 5 | 9, h, w)
+        target = self.objective.target(latents, noise, timesteps)
+        target = self._with_prior(target, inputs, timesteps, batch)
+        text = self._text(batch)
+        prediction = self.unet(inputs, timesteps, encoder_hidden_states=text).sample
+        return self.objective.losses(prediction, target, timesteps, mask=batch.get("mask"))
 
-    def _text(self, batch: dict[str, Any]) -> Tensor:
+    def _with_prior(
+        self, target: Tensor, inputs: Tensor, timesteps: Tensor, batch: Batch
+    ) -> Tensor:
+        rows = batch["prior"].nonzero().flatten() if "prior" in batch else None
+        if rows is None or not len(rows):
+            return target
+        assert self._prior is not None
+        chosen = {
+            name: value[rows] for name, value in batch.items() if isinstance(value, torch.Tensor)
+        }
+        prediction = self._prior(inputs[rows], timesteps[rows], chosen)
+        return target.index_copy(0, rows, prediction.to(target))
+
+    def _text(self, batch: Batch) -> Tensor:
         if "prompt_embeds" in batch:
             return batch["prompt_embeds"]
         return text_encoder_output(self.text_encoder, batch["input_ids"])
+
+
+def beside(batch: Batch) -> list[Tensor]:
+    """What a UNet of more than 4 channels sees beside the noisy latents: a depth map (B, 1, h, w),
+    or the mask of what is to be painted and the latents of what stays (B, 1 + 4, h, w)."""
+    names = ("depth", "inpaint_mask", "masked_latents")
+    return [batch[name].float() for name in names if name in batch]

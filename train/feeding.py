@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from data.loader import TrainingSet
     from data.store import TensorStore
     from train.method import Pipeline
+    from train.validation import HeldOut
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class StepBatches:
     world: int
     micro_batch_size: int
     workers: int
+    held_out: HeldOut | None = None
 
     def epochs(self, steps: int) -> float:
         """How many epochs so many optimizer steps are."""
@@ -66,7 +68,9 @@ def batches(
     where captions change too much from epoch to epoch to be cached.
     """
     from data.loader import TrainingSet
+    from data.noising import Noising
     from data.store import TensorStore
+    from train.validation_data import held_out
 
     data = config.data
     store = TensorStore(data.cache)
@@ -86,7 +90,7 @@ def batches(
         latent_keys=keys,
         seed=config.seed,
         scaling_factor=pipeline.vae.config.scaling_factor,
-        num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
+        noising=Noising.of(config.diffusion, pipeline.scheduler.config.num_train_timesteps),
         flip=data.flip,
         masks=data.masks,
         caption_dropout=data.caption_dropout,
@@ -100,6 +104,7 @@ def batches(
         world=world,
         micro_batch_size=config.train.micro_batch_size or -(-config.train.batch_size // world),
         workers=data.workers,
+        held_out=held_out(config, pictures, pipeline, accelerator, cache_captions=cache_captions),
     )
 
 

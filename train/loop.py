@@ -17,17 +17,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train import optim
+from train.averaging import averages_of
 from train.checkpoint import Checkpoints
 from train.config import LoopConfig, RunFailed
 from train.method import Method
 from train.previews import Previews
 from train.tracking import Trackers, open_trackers
+from train.validation import HeldOut, Validation
 
 MicroBatch = dict[str, Any]
 
 
 class Batches(Protocol):
     """This process's micro-batches as a function of the optimizer step."""
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """What the held-out loss is measured on, if anything."""
 
     def epochs(self, steps: int) -> float:
         """How many epochs so many optimizer steps are."""
@@ -54,7 +60,8 @@ def fit(
     optimizer = optim.build(method.parameter_groups(config.optim), config.optim)
     schedule = optim.Schedule(optimizer, steps=steps, config=config.optim)
     checkpoints = Checkpoints(output / "checkpoints", keep=config.checkpoint.keep)
-    start = checkpoints.restore(raw, optimizer)
+    averages = averages_of(raw, optimizer, config.train.ema_decay)
+    start = checkpoints.restore(raw, optimizer, averages)
     model, optimizer = accelerator.prepare(raw, optimizer)
     if accelerator.scaler is not None and start:
         accelerator.scaler.load_state_dict(checkpoints.facts(start)["scaler"])
@@ -67,36 +74,60 @@ def fit(
         main=accelerator.is_main_process,
     )
     previews = Previews(output / "previews", config.preview, accelerator)
+    validation = Validation(
+        batches.held_out, config.validation, output / "validation", accelerator, start=start
+    )
+
+    def save(done: int) -> None:
+        if accelerator.is_main_process and done not in checkpoints.steps():
+            scaler = scaler_state(accelerator)
+            checkpoints.save(done, raw, optimizer.optimizer, averages.state(), **scaler)
+        accelerator.wait_for_everyone()
+
+    def look(done: int) -> None:
+        """Pictures and held-out loss of the weights that would be used after `done` steps."""
+        with averages.applied():
+            if due(done, config.preview.every, steps):
+                previews.render(method, done)
+            found = validation.run(model, done) if validation.due(done, steps) else None
+        if found is not None:
+            trackers.log({"step": done, **found.metrics})
+        if found is not None and found.best and done > 0:
+            save(done)
+            if accelerator.is_main_process:
+                checkpoints.mark_best(done, config.validation.metric, found.value)
+            accelerator.wait_for_everyone()
+
     if start == 0:
         previews.base(method)
-    elif due(start, config.preview.every, steps):
-        previews.render(method, start)  # in case the run ended between checkpoint and preview
+    look(start)  # also in case the run ended between checkpoint and preview
     meter = Meter(accelerator, trackers, steps=steps, start=start, every=config.tracking.every)
 
     for step, micro_batches in enumerate(meter.waiting(batches(start)), start):
-        rate = schedule.apply(step)
+        rates = schedule.apply(step)
         seed_step(config.seed, step, accelerator.process_index)
         loss = accumulate(model, micro_batches, accelerator)
         norm = accelerator.clip_grad_norm_(trainable, config.train.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        averages.update(step)
         done = step + 1
         epoch = batches.epochs(done)
-        meter.record(done, epoch, loss, rate, norm, images=global_images(micro_batches))
+        meter.record(done, epoch, loss, rates, norm, images=images_in(micro_batches))
         with meter.aside():
             if due(done, config.checkpoint.every, steps):
-                if accelerator.is_main_process:
-                    checkpoints.save(done, raw, optimizer.optimizer, **scaler_state(accelerator))
-                accelerator.wait_for_everyone()
-            if due(done, config.preview.every, steps):
-                previews.render(method, done)
+                save(done)
+            look(done)
     meter.close()
+    if config.validation.use_best and (best := checkpoints.best()):
+        checkpoints.load_weights(best["step"], raw, averages)
+    averages.settle()
     trackers.finish()
 
 
 def due(done: int, every: int, steps: int) -> bool:
     """Whether something done every so many steps (0: never) and at the last is due after `done`."""
-    return every > 0 and (done == steps or done % every == 0)
+    return every > 0 and done > 0 and (done == steps or done % every == 0)
 
 
 def accumulate(
@@ -131,11 +162,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little") % 2**63)
 
 
-def global_images(micro_batches: list[MicroBatch]) -> int:
-    """Images in the global batch, of which each weighs 1/n; 0 where all of this process's are
-    padding."""
-    weight = max(float(batch["weight"].max()) for batch in micro_batches)
-    return round(1 / weight) if weight else 0
+def images_in(micro_batches: list[MicroBatch]) -> int:
+    """Images of this process, but for padding, which weighs nothing."""
+    return sum(int((batch["weight"] > 0).sum()) for batch in micro_batches)
 
 
 def scaler_state(accelerator: Accelerator) -> dict[str, Any]:
@@ -191,7 +220,14 @@ class Meter:
         self._since += time.perf_counter() - before
 
     def record(
-        self, done: int, epoch: float, loss: Tensor, rate: float, norm: Any, *, images: int
+        self,
+        done: int,
+        epoch: float,
+        loss: Tensor,
+        rates: dict[str, float],
+        norm: Any,
+        *,
+        images: int,
     ) -> None:
         """Counts one optimizer step; every so often reads the device once and logs a line.
 
@@ -203,9 +239,10 @@ class Meter:
         self._bar.update()
         if done % self._every and done != self._steps:
             return
-        total = self._accelerator.reduce(self._loss, reduction="sum")
+        mine = torch.stack([self._loss, torch.full_like(self._loss, self._images)])
+        total, seen = self._accelerator.reduce(mine, reduction="sum").tolist()
         seconds = time.perf_counter() - self._since
-        loss_mean = float(total) / self._count
+        loss_mean = total / self._count
         if not math.isfinite(loss_mean):
             raise RunFailed(
                 f"the loss is not finite by step {done}. Repeat from the last checkpoint with "
@@ -215,9 +252,9 @@ class Meter:
             "step": done,
             "epoch": round(epoch, 4),
             "loss": loss_mean,
-            "lr": rate,
+            **named_rates(rates),
             "grad_norm": float(norm) if math.isfinite(norm) else None,
-            "images_per_second": round(self._images / seconds, 3),
+            "images_per_second": round(seen / seconds, 3),
             "data_wait_fraction": round(self._waited / seconds, 4),
             "peak_memory_gib": round(peak_memory_gib(self._accelerator.device), 3),
         }
@@ -231,6 +268,12 @@ class Meter:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def named_rates(rates: dict[str, float]) -> dict[str, float]:
+    """`lr` of the first part, and `lr_PART` of each other one whose differs."""
+    first = next(iter(rates.values()))
+    return {"lr": first} | {f"lr_{part}": rate for part, rate in rates.items() if rate != first}
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -26,6 +26,7 @@ HARMLESS = (
     "train.gradient_checkpointing",
     "checkpoint.",
     "preview.every",
+    "validation.every",
     "tracking.",
     "evaluation.",
 )

@@ -234,9 +234,11 @@ def read_latents(folder: str, entries: int, rounds: int) -> dict[str, Any]:
 
     from data.cache import text_key
     from data.loader import TrainingSet
+    from data.noising import Noising
     from data.order import Order
     from data.store import TensorStore
     from data.wording import Wording
+    from train.config import DiffusionConfig
 
     torch.set_num_threads(1)  # as in a worker of the loader
     keys, store = _latent_keys(entries), TensorStore(folder)
@@ -248,7 +250,7 @@ def read_latents(folder: str, entries: int, rounds: int) -> dict[str, Any]:
         latent_keys=keys,
         seed=0,
         scaling_factor=0.18215,
-        num_train_timesteps=1000,
+        noising=Noising.of(DiffusionConfig(), 1000),
         embedding_key=lambda caption: text_key(caption, "t", "k"),
     )
     names = [keys.keys(number)[0] for number in range(entries)]

@@ -90,6 +90,8 @@ class Reading(nn.Module):
 class Renders:
     """Batches of renders never repeated, with their attributes as class numbers."""
 
+    held_out = None
+
     def __init__(self, config: LoopConfig) -> None:
         self._config = config
         self._steps = config.train.steps

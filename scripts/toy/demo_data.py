@@ -11,6 +11,7 @@ from data import toy
 from train.config import Section, command, load
 
 STYLE = "mosaic"
+SUBJECT, WORD, SUBJECT_PICTURES, SUBJECT_SEED = "owl", "zwx circle", 12, 12
 TRAINING, HELD_OUT = 192, 256  # pictures
 TRAINING_SEED, HELD_OUT_SEED = 10, 11
 
@@ -26,6 +27,14 @@ def main(arguments: list[str]) -> None:
     output = load(DemoDataConfig, arguments).output
     if not (output / STYLE).exists():
         toy.write_pictures(output / STYLE, TRAINING, seed=TRAINING_SEED, style=STYLE)
+    if not (output / SUBJECT).exists():
+        toy.write_pictures(
+            output / SUBJECT,
+            SUBJECT_PICTURES,
+            seed=SUBJECT_SEED,
+            subject=SUBJECT,
+            name=WORD,
+        )
     held_out = output / f"{STYLE}-held-out"
     if not held_out.exists():
         toy.write_pictures(held_out, HELD_OUT, seed=HELD_OUT_SEED, style=STYLE, square=True)

@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> None:
 class Pairs:
     """Batches of preprocessed pictures with their captions' token ids."""
 
+    held_out = None
+
     def __init__(self, method: Clip, config: LoopConfig) -> None:
         pictures, self._captions = wide_world(config.seed, PICTURES)
         # Pictures go through the processor as they will when scores are computed.

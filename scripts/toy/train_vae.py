@@ -43,6 +43,8 @@ class Crops:
     """Batches of random crops whose corners lie on the latent grid of 8 pixels, as in a whole
     picture."""
 
+    held_out = None
+
     def __init__(self, pictures: list[np.ndarray], config: LoopConfig) -> None:
         self.pictures, self._config = pictures, config
         self._each = len(pictures) // config.train.batch_size

@@ -1,0 +1,282 @@
+"""What each method makes of a subject the toy base never saw: trains every one with several seeds,
+judges their pictures, and writes the table and the picture of docs/methods.md.
+
+python scripts/toy/methods.py            # into runs/toy-methods; about an hour on two CPU cores
+
+What was done before is kept, so the same command resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+
+from data import toy
+from data.files import write_atomically
+from train.config import ROOT, Section, UserError, command, load
+
+if TYPE_CHECKING:
+    from scripts.toy.judging import Judge
+
+TRAINING_SEED, CLASS_SEED = 300, 203  # worlds of the training pictures, and of the class's prompts
+PICTURES = 8
+SUBJECT, WORD, TOKEN = "owl", "zwx circle", "<owl>"
+CLASS = "circle"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A way to learn the subject: an entry with the settings that differ from its toy config."""
+
+    title: str
+    entry: str
+    name: str
+    settings: tuple[str, ...] = ()
+
+    @property
+    def result(self) -> str:
+        return "full" if "lora=null" in self.settings else "adapter"
+
+
+DREAMBOOTH = ("dreambooth", WORD)
+INVERSION = ("textual_inversion", TOKEN)
+TRIALS = {
+    "dreambooth": Trial("DreamBooth LoRA, class images", *DREAMBOOTH),
+    "dreambooth-prediction": Trial(
+        "DreamBooth LoRA, prior prediction", *DREAMBOOTH, ("dreambooth.prior=prediction",)
+    ),
+    "dreambooth-none": Trial(
+        "DreamBooth LoRA, no prior", *DREAMBOOTH, ("dreambooth.prior=none", "train.batch_size=8")
+    ),
+    "dreambooth-full": Trial(
+        "DreamBooth in full, class images",
+        *DREAMBOOTH,
+        ("lora=null", "optim.learning_rate=1e-4", "optim.final_learning_rate=1e-6"),
+    ),
+    "inversion-1": Trial(
+        "Textual inversion, 1 vector",
+        *INVERSION,
+        ("textual_inversion.tokens=[{token: <owl>, initial: purple circle, vectors: 1}]",),
+    ),
+    "inversion": Trial("Textual inversion, 4 vectors", *INVERSION),
+    "pivotal": Trial(
+        "Pivotal tuning (4 vectors and a LoRA)",
+        *INVERSION,
+        ("lora={rank: 4, alpha: 4}", "optim.learning_rate=5e-4"),
+    ),
+}
+
+
+class MethodsConfig(Section):
+    """Compares the methods on the toy world (scripts/toy/methods.py)."""
+
+    output: Path = Path("runs/toy-methods")
+    """Folder of the runs, their pictures and methods.json."""
+    model: str = "data/assets/toy-base"
+    """The base."""
+    trials: list[str] = list(TRIALS)
+    """Which of the methods."""
+    seeds: int = Field(3, ge=1)
+    """Runs of each, on other training pictures each time."""
+    pictures: int = Field(64, ge=2)
+    """Judged per run and question."""
+    steps: int = Field(15, ge=1)
+    """Sampling steps."""
+    guidance: float = Field(2.0, ge=0)
+    """Classifier-free guidance scale."""
+    document: Path | None = None
+    """Folder to put methods.png into, for docs/."""
+
+
+def main(arguments: list[str]) -> None:
+    config = load(MethodsConfig, arguments)
+    if unknown := set(config.trials) - TRIALS.keys():
+        raise UserError(f"trials={sorted(unknown)}: known are {', '.join(TRIALS)}")
+    from scripts.toy.judging import Judge
+
+    judge = Judge.of(SUBJECT, views=config.pictures)
+    file = config.output / "methods.json"
+    found: dict[str, Any] = {"settings": config.model_dump(mode="json", exclude={"document"})}
+    for seed in range(config.seeds):
+        data = write_data(config.output / "data", seed)
+        base = examine(judge, config, None, WORD.replace("zwx ", ""), data, "base", seed)
+        found.setdefault("base", []).append(base)
+        for name in config.trials:
+            trial = TRIALS[name]
+            run = train(trial, config, data, f"{name}-{seed}", seed)
+            measured = examine(judge, config, run / trial.result, trial.name, data, name, seed)
+            found.setdefault(name, []).append(measured | compared(judge, measured, base))
+            print(f"{name} {seed}: {json.dumps(found[name][-1])}", flush=True)
+            write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
+    found["real"] = {"similarity": judge.real, "faceless": judge.faceless}
+    write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
+    print(table(found))
+    if config.document is not None:
+        sheet(config).save(config.document / "methods.png", optimize=True)
+
+
+def write_data(folder: Path, seed: int) -> Path:
+    """Training pictures of the subject: NAME-SEED for each word it goes by."""
+    for name, word in (("dreambooth", WORD), ("textual_inversion", TOKEN)):
+        target = folder / f"{name}-{seed}"
+        if not target.exists():
+            toy.write_pictures(
+                target,
+                PICTURES,
+                seed=TRAINING_SEED + seed,
+                subject=SUBJECT,
+                name=word,
+                square=True,
+            )
+    return folder
+
+
+def train(trial: Trial, config: MethodsConfig, data: Path, name: str, seed: int) -> Path:
+    """The run directory of a finished run."""
+    run = config.output / name
+    arguments = [
+        f"--config=configs/toy/{trial.entry}.yaml",
+        f"output={run}",
+        f"model.path={config.model}",
+        f"data.path={data / f'{trial.entry}-{seed}'}",
+        f"data.cache={config.output / 'cache'}",
+        f"seed={seed}",
+        "preview.every=0",
+        *trial.settings,
+    ]
+    entry = ROOT / "train" / f"{trial.entry}.py"
+    subprocess.run([sys.executable, str(entry), *arguments], check=True, cwd=ROOT)
+    return run
+
+
+def examine(
+    judge: Judge,
+    config: MethodsConfig,
+    result: Path | None,
+    name: str,
+    data: Path,
+    trial: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Generates with the base, or with what a run has made of it, and judges the pictures."""
+    pipeline = open_pipeline(config.model, result)
+    folder = config.output / "pictures" / f"{trial}-{seed}"
+    unseen = judge.unseen(TRAINING_SEED + seed, PICTURES)
+    others = [
+        scene
+        for scene in (toy.sample_scene(CLASS_SEED, k) for k in range(100 * config.pictures))
+        if scene.shape == CLASS
+    ][: config.pictures]
+    subjects = generated(
+        pipeline, [toy.caption(s, name=name) for s in judge.scenes], config, folder / "subject"
+    )
+    members = generated(pipeline, [toy.caption(s) for s in others], config, folder / "class")
+    free = generated(pipeline, [f"a photo of a {CLASS}"] * config.pictures, config, folder / "free")
+    return {
+        "similarity": judge.similarity(subjects),
+        "recombined": judge.recombined(
+            [subjects[k] for k in unseen], [judge.scenes[k] for k in unseen]
+        ),
+        "class": judge.class_kept(members, others, free),
+    }
+
+
+def compared(judge: Judge, measured: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
+    """What matters of a measurement beside the base's own."""
+    kept = {
+        f"{what}_kept": measured["class"][what] / base["class"][what]
+        for what in ("accuracy", "diversity")
+    }
+    return {"closed": judge.closed(measured["similarity"], base["similarity"]), **kept}
+
+
+def open_pipeline(model: str, result: Path | None) -> Any:
+    from train import adapter_file
+    from train.models import load_pipeline
+
+    if result is not None and result.name == "full":
+        return load_pipeline(str(result))
+    pipeline = load_pipeline(model)
+    if result is not None:
+        adapter_file.apply(pipeline, [adapter_file.find(str(result))])
+    return pipeline
+
+
+def generated(
+    pipeline: Any, prompts: Sequence[str], config: MethodsConfig, folder: Path
+) -> list[Any]:
+    from eval.features import read_rgb
+    from eval.generation import generate
+
+    paths = generate(
+        pipeline,
+        prompts,
+        seeds=range(len(prompts)),
+        steps=config.steps,
+        guidance=config.guidance,
+        size=(128, 128),
+        batch_size=32,
+        folder=folder,
+    )
+    return [read_rgb(path) for path in paths]
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: mean and spread (smallest to largest) over the seeds."""
+    columns = {
+        "distance closed": ("closed",),
+        "recombined right": ("recombined", "all"),
+        "class accuracy kept": ("accuracy_kept",),
+        "class diversity kept": ("diversity_kept",),
+    }
+    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, trial in TRIALS.items():
+        if name in found:
+            cells = [_spread([_at(run, path) for run in found[name]]) for path in columns.values()]
+            lines.append(f"| {trial.title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _at(measured: Any, path: Sequence[str]) -> float:
+    for key in path:
+        measured = measured[key]
+    return float(measured)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.0%} ({min(values):.0%} to {max(values):.0%})"
+
+
+def sheet(config: MethodsConfig) -> Any:
+    """The training pictures, real views, and what the base and each method make of the prompts."""
+    from PIL import Image
+
+    from scripts.toy.judging import VIEW_SEED
+    from train.previews import grid
+
+    scenes = [toy.sample_scene(VIEW_SEED, k) for k in range(8)]
+    rows = [
+        sorted((config.output / "data" / "dreambooth-0").glob("*.png"))[:8],
+        *(
+            [
+                config.output / "pictures" / f"{name}-0" / "subject" / f"{k:05d}.png"
+                for k in range(8)
+            ]
+            for name in ("base", *config.trials)
+        ),
+    ]
+    pictures = [[Image.open(file).convert("RGB") for file in row] for row in rows]
+    real = [Image.fromarray(toy.render(s, 128, 128, subject=SUBJECT)) for s in scenes]
+    return grid([pictures[0], real, *pictures[1:]])
+
+
+if __name__ == "__main__":
+    command(main)
