@@ -9,9 +9,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
 
-from train.config import ROOT, FullRun, LoopConfig, LoraRun, RunConfig, load
+from train.config import (
+    ROOT,
+    DreamBoothRun,
+    FullRun,
+    LoopConfig,
+    LoraRun,
+    RunConfig,
+    TextualInversionRun,
+    load,
+)
 
 PACKAGES = ("train", "data", "eval", "scripts")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
@@ -91,7 +99,16 @@ def test_the_packages_know_no_scripts(name):
     assert not {other for other in ours(MODULES[name]) if other.startswith("scripts.")}
 
 
-BELOW_THE_LOOP = ("checkpoint", "tracking", "optim", "previews", "method")
+BELOW_THE_LOOP = (
+    "averaging",
+    "checkpoint",
+    "meter",
+    "method",
+    "optim",
+    "previews",
+    "tracking",
+    "validation",
+)
 
 
 def test_the_loop_knows_nothing_of_what_it_trains():
@@ -126,17 +143,19 @@ def test_nobody_imports_torchvision(file):
 # Configurations
 
 
-def schema_of(values: dict) -> type[LoopConfig]:
-    if "lora" in values:
-        return LoraRun
-    return FullRun if "data" in values else LoopConfig
+SCHEMAS = {
+    "train/lora.py": LoraRun,
+    "train/dreambooth.py": DreamBoothRun,
+    "train/textual_inversion.py": TextualInversionRun,
+    "train/full.py": FullRun,
+}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: str(f.relative_to(ROOT)))
 def test_every_shipped_configuration_is_valid_and_says_how_it_is_launched(file):
     text = file.read_text(encoding="utf-8")
-    config = load(schema_of(yaml.safe_load(text)), ["--config", str(file)])
     (entry,) = re.findall(r"^# +accelerate launch (\S+\.py)", text, flags=re.M)
+    config = load(SCHEMAS.get(entry, LoopConfig), ["--config", str(file)])
     assert (ROOT / entry).is_file()
     if isinstance(config, RunConfig) and "toy" not in file.parts:
         assert (config.model.path, config.data.resolution) == (

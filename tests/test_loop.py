@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from train.config import LoopConfig, RunFailed, validate
-from train.loop import due, fit, global_images
+from train.loop import due, fit, images_in
 
 
 class Regression:
@@ -119,8 +119,8 @@ def test_due_at_every_interval_and_at_the_end():
 
 def test_padding_does_not_count_as_images():
     weights = torch.tensor([1 / 3, 1 / 3, 0.0])
-    assert global_images([{"weight": weights}, {"weight": torch.zeros(2)}]) == 3
-    assert global_images([{"weight": torch.zeros(2)}]) == 0
+    assert images_in([{"weight": weights}, {"weight": torch.ones(2)}]) == 4
+    assert images_in([{"weight": torch.zeros(2)}]) == 0
 
 
 class Diverging(Regression):

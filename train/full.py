@@ -1,5 +1,6 @@
 """Trains every weight of a Stable Diffusion 2 model's UNet and, if asked, its text encoder.
 
+    accelerate launch train/full.py                  # the embedded toy model and pictures
     accelerate launch train/full.py --config configs/full.yaml data.path=my/pictures
 
 The result is OUTPUT/full, a complete diffusers folder. The same command resumes.
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> None:
-    config = load(FullRun, arguments, default=ROOT / "configs/full.yaml")
+    config = load(FullRun, arguments, default=ROOT / "configs/toy/full.yaml")
     planned = plan(config, result="full")
     if planned is None:
         return
@@ -58,7 +59,10 @@ class Full:
         self.model = Denoiser(pipeline.unet, objective, pipeline.text_encoder)
 
     def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
-        return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+        from train import optim
+
+        parts = {name: getattr(self._pipeline, name) for name in ("unet", "text_encoder")}
+        return optim.groups({n: p.named_parameters() for n, p in parts.items()}, config)
 
     def pipeline(self) -> Pipeline:
         return self._pipeline

@@ -4,22 +4,19 @@ train/method.py."""
 from __future__ import annotations
 
 import hashlib
-import math
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from train import optim
-from train.averaging import averages_of
+from train.averaging import Averages, averages_of
 from train.checkpoint import Checkpoints
-from train.config import LoopConfig, RunFailed
+from train.config import LoopConfig
+from train.meter import Meter
 from train.method import Method
 from train.previews import Previews
 from train.tracking import Trackers, open_trackers
@@ -55,52 +52,42 @@ def fit(
     Whatever a step needs beyond weights and optimizer is a function of the step, so a resumed run
     repeats an uninterrupted one bit for bit.
     """
-    output, steps = Path(config.output), config.train.steps
-    raw = method.model
+    raw, steps = method.model, config.train.steps
     optimizer = optim.build(method.parameter_groups(config.optim), config.optim)
     schedule = optim.Schedule(optimizer, steps=steps, config=config.optim)
-    checkpoints = Checkpoints(output / "checkpoints", keep=config.checkpoint.keep)
     averages = averages_of(raw, optimizer, config.train.ema_decay)
+    checkpoints = Checkpoints(config.output / "checkpoints", keep=config.checkpoint.keep)
     start = checkpoints.restore(raw, optimizer, averages)
     model, optimizer = accelerator.prepare(raw, optimizer)
     if accelerator.scaler is not None and start:
         accelerator.scaler.load_state_dict(checkpoints.facts(start)["scaler"])
     trainable = [p for p in raw.parameters() if p.requires_grad]
     trackers = open_trackers(
-        output,
+        config.output,
         config.model_dump(mode="json"),
         config.tracking,
         start=start,
         main=accelerator.is_main_process,
     )
-    previews = Previews(output / "previews", config.preview, accelerator)
-    validation = Validation(
-        batches.held_out, config.validation, output / "validation", accelerator, start=start
+    pause = Pause(
+        method=method,
+        model=model,
+        optimizer=optimizer.optimizer,
+        averages=averages,
+        checkpoints=checkpoints,
+        previews=Previews(config.output / "previews", config.preview, accelerator),
+        validation=Validation(
+            batches.held_out,
+            config.validation,
+            config.output / "validation",
+            accelerator,
+            start=start,
+        ),
+        trackers=trackers,
+        config=config,
+        accelerator=accelerator,
     )
-
-    def save(done: int) -> None:
-        if accelerator.is_main_process and done not in checkpoints.steps():
-            scaler = scaler_state(accelerator)
-            checkpoints.save(done, raw, optimizer.optimizer, averages.state(), **scaler)
-        accelerator.wait_for_everyone()
-
-    def look(done: int) -> None:
-        """Pictures and held-out loss of the weights that would be used after `done` steps."""
-        with averages.applied():
-            if due(done, config.preview.every, steps):
-                previews.render(method, done)
-            found = validation.run(model, done) if validation.due(done, steps) else None
-        if found is not None:
-            trackers.log({"step": done, **found.metrics})
-        if found is not None and found.best and done > 0:
-            save(done)
-            if accelerator.is_main_process:
-                checkpoints.mark_best(done, config.validation.metric, found.value)
-            accelerator.wait_for_everyone()
-
-    if start == 0:
-        previews.base(method)
-    look(start)  # also in case the run ended between checkpoint and preview
+    pause.before(start)
     meter = Meter(accelerator, trackers, steps=steps, start=start, every=config.tracking.every)
 
     for step, micro_batches in enumerate(meter.waiting(batches(start)), start):
@@ -115,14 +102,82 @@ def fit(
         epoch = batches.epochs(done)
         meter.record(done, epoch, loss, rates, norm, images=images_in(micro_batches))
         with meter.aside():
-            if due(done, config.checkpoint.every, steps):
-                save(done)
-            look(done)
+            pause.after(done)
     meter.close()
-    if config.validation.use_best and (best := checkpoints.best()):
-        checkpoints.load_weights(best["step"], raw, averages)
-    averages.settle()
+    pause.settle()
     trackers.finish()
+
+
+@dataclass(kw_only=True)
+class Pause:
+    """What is done between optimizer steps: checkpoints, previews and the held-out loss."""
+
+    method: Method
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    averages: Averages
+    checkpoints: Checkpoints
+    previews: Previews
+    validation: Validation
+    trackers: Trackers
+    config: LoopConfig
+    accelerator: Accelerator
+    saved: int = 0
+    """The step of the last checkpoint."""
+
+    def before(self, start: int) -> None:
+        """At the start of a run, or of its continuation from step `start`."""
+        self.saved = start
+        if start == 0:
+            self.previews.base(self.method)
+        self._look(start)  # also where a run ended between a checkpoint and what follows it
+
+    def after(self, done: int) -> None:
+        """After `done` optimizer steps."""
+        if self._due(done, self.config.checkpoint.every):
+            self._save(done)
+        self._look(done)
+
+    def settle(self) -> None:
+        """Leaves in the model the weights that are to be used."""
+        best = self.checkpoints.best() if self.config.validation.use_best else None
+        if best is not None:
+            self.checkpoints.load_weights(best["step"], self.method.model, self.averages)
+        self.averages.settle()
+
+    def _look(self, done: int) -> None:
+        """At the weights that would be used after `done` steps."""
+        with self.averages.applied():
+            if self._due(done, self.config.preview.every):
+                self.previews.render(self.method, done)
+            found = None
+            if self.validation.due(done, self.config.train.steps):
+                found = self.validation.run(self.model, done)
+        if found is None:
+            return
+        self.trackers.log({"step": done, **found.metrics})
+        if found.best and done > 0:
+            self._save(done)
+            if self.accelerator.is_main_process:
+                self.checkpoints.mark_best(done, self.config.validation.metric, found.value)
+            self.accelerator.wait_for_everyone()
+
+    def _save(self, done: int) -> None:
+        if done == self.saved:
+            return
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(
+                done,
+                self.method.model,
+                self.optimizer,
+                self.averages.state(),
+                **scaler_state(self.accelerator),
+            )
+        self.saved = done
+        self.accelerator.wait_for_everyone()
+
+    def _due(self, done: int, every: int) -> bool:
+        return due(done, every, self.config.train.steps)
 
 
 def due(done: int, every: int, steps: int) -> bool:
@@ -169,117 +224,3 @@ def images_in(micro_batches: list[MicroBatch]) -> int:
 
 def scaler_state(accelerator: Accelerator) -> dict[str, Any]:
     return {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler is not None else {}
-
-
-class Meter:
-    """Progress bar and metrics: loss, speed and how much of the time went into waiting for data."""
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        trackers: Trackers,
-        *,
-        steps: int,
-        start: int,
-        every: int,
-    ) -> None:
-        self._accelerator, self._trackers = accelerator, trackers
-        self._steps, self._every = steps, every
-        self._bar = tqdm(
-            total=steps,
-            initial=start,
-            unit="step",
-            disable=not accelerator.is_main_process,
-            dynamic_ncols=True,
-            mininterval=1.0,
-        )
-        self._reset()
-
-    def _reset(self) -> None:
-        self._since, self._waited = time.perf_counter(), 0.0
-        self._count = self._images = 0
-        self._loss = torch.zeros((), device=self._accelerator.device)
-
-    def waiting(self, batches: Iterable[Any]) -> Iterable[Any]:
-        """Passes batches through and adds up the time spent waiting for them."""
-        source = iter(batches)
-        while True:
-            before = time.perf_counter()
-            try:
-                batch = next(source)
-            except StopIteration:
-                return
-            self._waited += time.perf_counter() - before
-            yield batch
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Time spent within is not counted as training."""
-        before = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - before
-
-    def record(
-        self,
-        done: int,
-        epoch: float,
-        loss: Tensor,
-        rates: dict[str, float],
-        norm: Any,
-        *,
-        images: int,
-    ) -> None:
-        """Counts one optimizer step; every so often reads the device once and logs a line.
-
-        Raises RunFailed, on every process alike, once the loss is not finite.
-        """
-        self._loss += loss
-        self._count += 1
-        self._images += images
-        self._bar.update()
-        if done % self._every and done != self._steps:
-            return
-        mine = torch.stack([self._loss, torch.full_like(self._loss, self._images)])
-        total, seen = self._accelerator.reduce(mine, reduction="sum").tolist()
-        seconds = time.perf_counter() - self._since
-        loss_mean = total / self._count
-        if not math.isfinite(loss_mean):
-            raise RunFailed(
-                f"the loss is not finite by step {done}. Repeat from the last checkpoint with "
-                "train.mixed_precision=bf16 or no, or lower optim.learning_rate, in a new output="
-            )
-        metrics = {
-            "step": done,
-            "epoch": round(epoch, 4),
-            "loss": loss_mean,
-            **named_rates(rates),
-            "grad_norm": float(norm) if math.isfinite(norm) else None,
-            "images_per_second": round(seen / seconds, 3),
-            "data_wait_fraction": round(self._waited / seconds, 4),
-            "peak_memory_gib": round(peak_memory_gib(self._accelerator.device), 3),
-        }
-        self._trackers.log(metrics)
-        self._bar.set_postfix(
-            loss=f"{loss_mean:.4f}",
-            img_s=f"{metrics['images_per_second']:.1f}",
-            wait=f"{metrics['data_wait_fraction']:.0%}",
-        )
-        self._reset()
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def named_rates(rates: dict[str, float]) -> dict[str, float]:
-    """`lr` of the first part, and `lr_PART` of each other one whose differs."""
-    first = next(iter(rates.values()))
-    return {"lr": first} | {f"lr_{part}": rate for part, rate in rates.items() if rate != first}
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of the device's allocator, or of this process on a CPU, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

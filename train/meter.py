@@ -1,0 +1,131 @@
+"""Progress bar and metrics of a run: loss, rates, speed, memory and time spent waiting for data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from train.config import RunFailed
+from train.tracking import Trackers
+
+
+class Meter:
+    """Progress bar and metrics: loss, speed and how much of the time went into waiting for data."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        trackers: Trackers,
+        *,
+        steps: int,
+        start: int,
+        every: int,
+    ) -> None:
+        self._accelerator, self._trackers = accelerator, trackers
+        self._steps, self._every = steps, every
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._waited = time.perf_counter(), 0.0
+        self._count = self._images = 0
+        self._loss = torch.zeros((), device=self._accelerator.device)
+
+    def waiting(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """Passes batches through and adds up the time spent waiting for them."""
+        source = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - before
+            yield batch
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent within is not counted as training."""
+        before = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - before
+
+    def record(
+        self,
+        done: int,
+        epoch: float,
+        loss: Tensor,
+        rates: dict[str, float],
+        norm: Any,
+        *,
+        images: int,
+    ) -> None:
+        """Counts one optimizer step; every so often reads the device once and logs a line.
+
+        Raises RunFailed, on every process alike, once the loss is not finite.
+        """
+        self._loss += loss
+        self._count += 1
+        self._images += images
+        self._bar.update()
+        if done % self._every and done != self._steps:
+            return
+        mine = torch.stack([self._loss, torch.full_like(self._loss, self._images)])
+        total, seen = self._accelerator.reduce(mine, reduction="sum").tolist()
+        seconds = time.perf_counter() - self._since
+        loss_mean = total / self._count
+        if not math.isfinite(loss_mean):
+            raise RunFailed(
+                f"the loss is not finite by step {done}. Repeat from the last checkpoint with "
+                "train.mixed_precision=bf16 or no, or lower optim.learning_rate, in a new output="
+            )
+        metrics = {
+            "step": done,
+            "epoch": round(epoch, 4),
+            "loss": loss_mean,
+            **named_rates(rates),
+            "grad_norm": float(norm) if math.isfinite(norm) else None,
+            "images_per_second": round(seen / seconds, 3),
+            "data_wait_fraction": round(self._waited / seconds, 4),
+            "peak_memory_gib": round(peak_memory_gib(self._accelerator.device), 3),
+        }
+        self._trackers.log(metrics)
+        self._bar.set_postfix(
+            loss=f"{loss_mean:.4f}",
+            img_s=f"{metrics['images_per_second']:.1f}",
+            wait=f"{metrics['data_wait_fraction']:.0%}",
+        )
+        self._reset()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def named_rates(rates: dict[str, float]) -> dict[str, float]:
+    """`lr` of the first part, and `lr_PART` of each other one whose differs."""
+    first = next(iter(rates.values()))
+    return {"lr": first} | {f"lr_{part}": rate for part, rate in rates.items() if rate != first}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of the device's allocator, or of this process on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
