@@ -121,7 +121,7 @@ class _Work(NamedTuple):
     missing: np.ndarray  # which of NAMES its entry lacks, as bits
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """One crop of one picture, to be encoded."""
 
     record: Record
@@ -161,7 +161,7 @@ def cache_latents(
     if not total:
         return 0  # a complete cache may be read-only
     with store.writer() as writer:
-        for jobs, ready in _decoded(_batches(work, keys, batch_size), keys.background, read):
+        for jobs, ready in decoded(_batches(work, keys, batch_size), keys.background, read):
             _encode_batch(jobs, ready, writer, encode, batch_size)
             done += len(jobs)
             progress(done, total)
@@ -176,23 +176,24 @@ def _work(keys: LatentKeys, store: TensorStore, flip: bool, rank: int, world: in
         for variant, key in enumerate(keys.keys(index, record)):
             there = store.names(key)
             lacking = (want and name not in there for want, name in zip(wanted, NAMES, strict=True))
-            identities.append(_identity(key))
+            identities.append(identity(key))
             rows.append(index)
             variants.append(variant)
             bits.append(sum(lacks << bit for bit, lacks in enumerate(lacking)))
     columns = (np.frombuffer(column, column.typecode) for column in (rows, variants, bits))
-    mine = _share(np.frombuffer(identities, np.uint64), rank, world)
+    mine = share(np.frombuffer(identities, np.uint64), rank, world)
     work = _Work(*(column[mine] for column in columns))
     work = _Work(*(column[work.missing > 0] for column in work))
     widths, heights = keys.sizes[work.row].T
     return _Work(*(column[np.lexsort((work.missing, heights, widths))] for column in work))
 
 
-def _identity(text: str) -> int:
+def identity(text: str) -> int:
+    """A number for it that is as good as its own, 64 bits."""
     return xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))
 
 
-def _share(identities: np.ndarray, rank: int, world: int) -> np.ndarray:
+def share(identities: np.ndarray, rank: int, world: int) -> np.ndarray:
     """The positions of this process's share of different values, in order.
 
     It does not depend on what is missing: the disk may be changing under another process's hands.
@@ -202,7 +203,7 @@ def _share(identities: np.ndarray, rank: int, world: int) -> np.ndarray:
     return first[rank::world]
 
 
-def _batches(work: _Work, keys: LatentKeys, batch_size: int) -> Iterator[list[_Job]]:
+def _batches(work: _Work, keys: LatentKeys, batch_size: int) -> Iterator[list[Job]]:
     alike = np.column_stack([keys.sizes[work.row], work.missing])
     borders = np.flatnonzero((alike[1:] != alike[:-1]).any(axis=1)) + 1
     for group in np.split(np.arange(len(alike)), borders):
@@ -210,22 +211,22 @@ def _batches(work: _Work, keys: LatentKeys, batch_size: int) -> Iterator[list[_J
             yield [_job(work, keys, at) for at in group[start : start + batch_size]]
 
 
-def _job(work: _Work, keys: LatentKeys, at: int) -> _Job:
+def _job(work: _Work, keys: LatentKeys, at: int) -> Job:
     index, bits = int(work.row[at]), int(work.missing[at])
     record = keys.records[index]
     centre = keys.centres(index, record)[work.variant[at]]
     missing = tuple(name for bit, name in enumerate(NAMES) if bits >> bit & 1)
-    return _Job(record, keys.size(index), centre, keys.key(index, record, centre), missing)
+    return Job(record, keys.size(index), centre, keys.key(index, record, centre), missing)
 
 
 Ready = dict[str, "torch.Tensor"]  # "pixels" (3, H, W) where they are to be encoded, mask, depth
 
 
-def _decoded(
-    batches: Iterable[list[_Job]], background: Colour, read: Callable[[Record], bytes]
-) -> Iterator[tuple[list[_Job], list[Ready]]]:
+def decoded(
+    batches: Iterable[list[Job]], background: Colour, read: Callable[[Record], bytes]
+) -> Iterator[tuple[list[Job], list[Ready]]]:
     """Each batch with what was read for it, later ones decoding meanwhile."""
-    pending: deque[tuple[list[_Job], list[Future[Ready]]]] = deque()
+    pending: deque[tuple[list[Job], list[Future[Ready]]]] = deque()
     pool = ThreadPoolExecutor(DECODERS)
     try:
         for jobs in batches:
@@ -240,9 +241,9 @@ def _decoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _ready(job: _Job, background: Colour, read: Callable[[Record], bytes]) -> Ready:
+def _ready(job: Job, background: Colour, read: Callable[[Record], bytes]) -> Ready:
     record, ready = job.record, {}
-    if MOMENTS in job.missing or FLIPPED in job.missing:
+    if set(job.missing) - {MASK, DEPTH}:
         content = _unchanged(read(record), record.sha256, record.path or record.id)
         image = images.open_image(io.BytesIO(content), background, cover=job.size)
         ready["pixels"] = images.to_tensor(images.fit(image, job.size, job.centre))
@@ -272,7 +273,7 @@ def _unchanged(content: bytes, sha256: str, what: object) -> bytes:
 
 
 def _encode_batch(
-    jobs: list[_Job], ready: list[Ready], writer: Writer, encode: Encode, batch_size: int
+    jobs: list[Job], ready: list[Ready], writer: Writer, encode: Encode, batch_size: int
 ) -> None:
     import torch
 
@@ -289,12 +290,17 @@ def _encode_batch(
                 moments[name] = encode(turned).detach().cpu().half()
     for row, (job, beside) in enumerate(zip(jobs, ready, strict=True)):
         latents = {name: values[row] for name, values in moments.items()}
-        if not all(bool(tensor.isfinite().all()) for tensor in latents.values()):
-            raise UserError(
-                f"{job.record.path or job.record.id}: its latents are not finite; encode with the "
-                "VAE in float32, and if that does not help, remove the picture"
-            )
+        check_finite(latents, job.record)
         writer.put(job.key, latents | beside)
+
+
+def check_finite(latents: dict[str, torch.Tensor], record: Record) -> None:
+    """Raises UserError naming the picture whose latents are not finite."""
+    if not all(bool(tensor.isfinite().all()) for tensor in latents.values()):
+        raise UserError(
+            f"{record.path or record.id}: its latents are not finite; encode with the VAE in "
+            "float32, and if that does not help, remove the picture"
+        )
 
 
 def cache_captions(
@@ -322,8 +328,8 @@ def cache_captions(
     def key(position: int) -> str:
         return text_key(caption(position), text_encoder_fingerprint, tokenizer_fingerprint)
 
-    identities = (_identity(text) for text in chain([""], captions))
-    mine = _share(np.fromiter(identities, np.uint64), rank, world).tolist()
+    identities = (identity(text) for text in chain([""], captions))
+    mine = share(np.fromiter(identities, np.uint64), rank, world).tolist()
     missing = [position for position in mine if EMBEDDINGS not in store.names(key(position))]
     if not missing:
         return 0

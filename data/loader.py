@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import counter
 from data.cache import DEPTH, EMBEDDINGS, FLIPPED, MASK, MOMENTS
+from data.inpainting import tensor_name
 from data.order import Order, share
 from data.records import Record
 from train.config import UserError
 
 if TYPE_CHECKING:
     from data.noising import Noising
+    from data.pairing import Partners
     from data.store import TensorStore
     from data.wording import Wording
 
@@ -44,6 +46,18 @@ class _Seen(NamedTuple):
     purpose: tuple[int | str, ...]  # what its randomness is drawn for
     caption: str
     timestep: int
+    beside: bool  # whether it is there as a partner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What is trained on beside the samples of the order: DreamBooth's class pictures."""
+
+    partners: Partners
+    weight: float
+    """Of the mean loss over them, where that over the order's samples has 1."""
+    predicted: bool = False
+    """Their target is what the frozen base predicts."""
 
 
 @dataclass(kw_only=True)
@@ -75,8 +89,13 @@ class TrainingSet:
     """Mirror half of the pictures, drawn anew at every step."""
     masks: bool = False
     """Give every sample a mask, of ones where the picture has none."""
+    random_masks: int = 0
+    """For the inpainting model: how many masks of each picture there are; one is drawn at every
+    step."""
     caption_dropout: float = 0.0
     """Share of captions replaced by "", from 0 to 1."""
+    beside: Beside | None = None
+    """One more sample with each of the order's. Its records follow those of the order."""
 
     def __post_init__(self) -> None:
         assert len(self.records) > 0
@@ -87,16 +106,15 @@ class TrainingSet:
         """All that process `rank` of `world` does at one step.
 
         What `sample` says, stacked, with "ids" and "weight" (B,): the sum of loss x weight over all
-        processes is the mean over the global batch. Where that does not divide by `world`, some of
-        its samples stand twice, the second time with weight 0, so that all processes have as many.
-        Captions are as long as the longest of the global batch.
+        processes is the mean over the global batch; with `beside` the mean over the order's samples
+        and so much of the mean over their partners. Where the batch does not divide by `world`,
+        some of its samples stand twice, the second time with weight 0, so that all processes have
+        as many. Captions are as long as the longest of the global batch. Where partners are
+        `predicted`, "prior" (B,) is True for them.
         """
-        indices, repeats = self.order.batch(step)
-        seen = [
-            self._seen(step, int(index), int(repeat), position, len(indices))
-            for position, (index, repeat) in enumerate(zip(indices, repeats, strict=True))
-        ]
+        seen, each = self._batch(step)
         positions, weights = share(len(seen), rank=rank, world=world)
+        weights = np.where(weights > 0, each[positions], np.float32(0))
         batch = _stack([self._picture(seen[position]) for position in positions])
         batch |= self._text([one.caption for one in seen], positions)
         ids = [seen[position].record.id for position in positions]
@@ -115,18 +133,38 @@ class TrainingSet:
         text = self._text([seen.caption], [0])
         return self._picture(seen) | {name: values[0] for name, values in text.items()}
 
-    def _seen(self, step: int, index: int, repeat: int, position: int, total: int) -> _Seen:
-        """The sample at `position` of the `total` of its global batch."""
+    def _batch(self, step: int) -> tuple[list[_Seen], np.ndarray]:
+        """The global batch of a step, partners last, and what each sample weighs."""
+        own = self._all(step, *self.order.batch(step))
+        weights = np.full(len(own), 1 / len(own), np.float32)
+        if self.beside is None:
+            return own, weights
+        partners = self._all(step, *self.beside.partners.batch(step), beside=True)
+        return own + partners, np.concatenate([weights, np.float32(self.beside.weight) * weights])
+
+    def _all(
+        self, step: int, indices: np.ndarray, repeats: np.ndarray, beside: bool = False
+    ) -> list[_Seen]:
+        return [
+            self._seen(step, int(index), int(repeat), position, len(indices), beside)
+            for position, (index, repeat) in enumerate(zip(indices, repeats, strict=True))
+        ]
+
+    def _seen(
+        self, step: int, index: int, repeat: int, position: int, total: int, beside: bool = False
+    ) -> _Seen:
+        """The sample at `position` of the `total` of its global batch, or of all partners there, so
+        that stratified timesteps cover the schedule in each of the two."""
         record = self.records[index]
         purpose = (step, record.id, repeat) if repeat else (step, record.id)
         timestep = self.noising.timestep(self.seed, step, purpose, position=position, total=total)
         if counter.uniform(self.seed, "caption", *purpose) < self.caption_dropout:
-            return _Seen(index, record, purpose, "", timestep)
+            return _Seen(index, record, purpose, "", timestep, beside)
         epoch, _ = self.order.position(step)
         caption = self.wordings[self._source(index)].caption(
             record.captions, seed=self.seed, epoch=epoch, id=record.id, repeat=repeat
         )
-        return _Seen(index, record, purpose, caption, timestep)
+        return _Seen(index, record, purpose, caption, timestep, beside)
 
     def _source(self, index: int) -> int:
         return 0 if self.sources is None else int(self.sources[index])
@@ -138,6 +176,8 @@ class TrainingSet:
             for name, values in self.noising.noise(latents.shape, self.seed, seen.purpose).items()
         }
         facts = {"timestep": seen.timestep, "source": self._source(seen.row)}
+        if self.beside is not None and self.beside.predicted:
+            facts["prior"] = seen.beside
         return {"latents": latents, **noise, **facts, **beside}
 
     def _latents(self, seen: _Seen) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -149,17 +189,29 @@ class TrainingSet:
         wanted = {moments}
         wanted |= {MASK} if self.masks and seen.record.mask_sha256 is not None else set()
         wanted |= {DEPTH} if seen.record.depth_sha256 is not None else set()
-        tensors = self._cached(keys[crop], wanted, seen.record.id)
-        latents = self._drawn(tensors.pop(moments), seen)
+        hidden = self._hidden(seen, mirrored)
+        tensors = self._cached(keys[crop], wanted | hidden, seen.record.id)
+        latents = self._drawn(tensors.pop(moments), seen, "latent")
+        masked = [tensors.pop(name) for name in hidden]
         beside = {name: tensor.flip(-1) if mirrored else tensor for name, tensor in tensors.items()}
+        for tensor in masked:  # one, or none
+            beside["inpaint_mask"] = tensor[:1]
+            beside["masked_latents"] = self._drawn(tensor[1:], seen, "masked latent")
         if self.masks and MASK not in beside:
             beside[MASK] = torch.ones(1, *latents.shape[1:])
         return latents, beside
 
-    def _drawn(self, moments: torch.Tensor, seen: _Seen) -> torch.Tensor:
+    def _hidden(self, seen: _Seen, mirrored: bool) -> set[str]:
+        """The name of the random mask that the sample has, where it has one."""
+        if not self.random_masks:
+            return set()
+        number = counter.integer(self.random_masks, self.seed, "random mask", *seen.purpose)
+        return {tensor_name(number, flipped=mirrored)}
+
+    def _drawn(self, moments: torch.Tensor, seen: _Seen, what: str) -> torch.Tensor:
         mean, log_variance = moments.chunk(2)  # (C, h, w) each
         deviation = (0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)).exp()
-        normal = torch.from_numpy(counter.normal(mean.shape, self.seed, "latent", *seen.purpose))
+        normal = torch.from_numpy(counter.normal(mean.shape, self.seed, what, *seen.purpose))
         return (mean + deviation * normal) * self.scaling_factor
 
     def _text(self, captions: list[str], positions: Sequence[int] | np.ndarray) -> Batch:

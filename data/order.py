@@ -38,6 +38,9 @@ class _Group(NamedTuple):
         start, stop = self.window(epoch)
         return self.passes * len(self.pictures) + stop - start
 
+    def samples_before(self, epoch: int) -> int:
+        return epoch * self.passes * len(self.pictures) + self.window(epoch)[0]
+
 
 class _Bucket(NamedTuple):
     size: Size
@@ -95,6 +98,14 @@ class Order:
     def samples_in(self, epoch: int) -> int:
         """Samples of an epoch, repeats counted."""
         return sum(bucket.samples(epoch) for bucket in self._buckets)
+
+    def samples_before(self, epoch: int) -> dict[tuple[int, Size], int]:
+        """Samples of each source in each bucket in all epochs before this one."""
+        return {
+            (group.source, bucket.size): group.samples_before(epoch)
+            for bucket in self._buckets
+            for group in bucket.groups
+        }
 
     def batches_in(self, epoch: int) -> int:
         """Optimizer steps of an epoch, for any number of processes."""

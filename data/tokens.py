@@ -139,8 +139,6 @@ def _expanded(
 ) -> tuple[Ids, Sequence[int | None]]:
     """With every embedding of a word of several, all of the same word."""
     pairs = [
-        (one, word)
-        for id, word in zip(ids, words, strict=True)
-        for one in several.get(id, [id])
+        (one, word) for id, word in zip(ids, words, strict=True) for one in several.get(id, [id])
     ]
     return [id for id, _ in pairs], [word for _, word in pairs]

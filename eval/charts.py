@@ -19,7 +19,9 @@ class Curve:
 
     name: str
     values: Sequence[float]
-    look: Literal["main", "pale", "limit"] = "main"
+    look: Literal["main", "pale", "limit", "q1", "q2", "q3", "q4"] = "main"
+    spread: Sequence[float] | None = None
+    """So far above and below each value a stroke reaches."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Chart:
     x: Sequence[float]
     curves: Sequence[Curve]
     from_zero: bool = True
+    mark: tuple[float, str] | None = None
+    """Where on the x axis a line stands, and what it says."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +88,26 @@ def heading(title: str, explanation: str = "") -> str:
 
 
 def _chart(chart: Chart) -> str:
-    finite = [v for curve in chart.curves for v in curve.values if math.isfinite(v)]
+    finite = [v for curve in chart.curves for v in _reached(curve) if math.isfinite(v)]
     if not finite:
         return ""
     y_ticks = _ticks(min([*finite, 0.0] if chart.from_zero else finite), max(finite))
     x_ticks = [tick for tick in _ticks(0.0, max(chart.x)) if tick <= max(chart.x)]
     x_span, y_span = (0.0, max(chart.x) or 1.0), (y_ticks[0], y_ticks[-1])
     paths = "".join(
-        f'<path class="{curve.look}" d="{_path(chart.x, curve.values, x_span, y_span)}"/>'
+        f'<path class="{curve.look}" d="{_path(chart.x, curve.values, x_span, y_span)}'
+        f'{_strokes(chart.x, curve, x_span, y_span)}"/>'
         for curve in chart.curves
     )
     rules = "".join(_y_rule(tick, y_span) for tick in y_ticks)
     marks = "".join(_x_mark(tick, x_span) for tick in x_ticks)
-    several = chart.curves if len(chart.curves) > 1 else []
-    key = "".join(f'<span class="{c.look}">{escape(c.name)}</span>' for c in several)
+    several = [(c.look, c.name) for c in chart.curves if len(chart.curves) > 1 or chart.mark]
+    if chart.mark:
+        at, name = chart.mark
+        across = _place(at, x_span, _LEFT, _RIGHT)
+        paths += f'<path class="limit" d="M{across} {_TOP}V{_BOTTOM}"/>'
+        several.append(("limit", name))
+    key = "".join(f'<span class="{look}">{escape(name)}</span>' for look, name in several)
     label = escape(f"{chart.title}, {chart.y_label}, over {chart.x_label}")
     return (
         f'<article><h3>{escape(chart.title)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
@@ -165,6 +175,29 @@ def _path(
         elif strokes[-1]:
             strokes.append([])
     return "".join(f"M{'L'.join(stroke)}h0" for stroke in strokes if stroke)
+
+
+def _reached(curve: Curve) -> list[float]:
+    """All heights that a curve and its strokes come to."""
+    spread = curve.spread or [0.0] * len(curve.values)
+    pairs = zip(curve.values, map(_or_zero, spread), strict=True)
+    return [end for value, reach in pairs for end in (value - reach, value + reach)]
+
+
+def _strokes(
+    x: Sequence[float], curve: Curve, x_span: tuple[float, float], y_span: tuple[float, float]
+) -> str:
+    """SVG path data of what is drawn above and below the values."""
+    return "".join(
+        f"M{_place(at, x_span, _LEFT, _RIGHT)} {_place(value - reach, y_span, _BOTTOM, _TOP)}"
+        f"V{_place(value + reach, y_span, _BOTTOM, _TOP)}"
+        for at, value, reach in zip(x, curve.values, curve.spread or [], strict=False)
+        if math.isfinite(value) and math.isfinite(reach)
+    )
+
+
+def _or_zero(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

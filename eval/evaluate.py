@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.files import write_atomically
 from eval.inputs import find_result, held_out, read_run, split
+from train import adapter_file
 from train.config import EvaluationConfig, RunConfig, command, fields
 
 if TYPE_CHECKING:
@@ -44,11 +45,12 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(usage())
         return
+    from train.families import check_text_to_image
     from train.models import inspect
 
     run, overrides = split(arguments)
     config = read_run(run, overrides)
-    inspect(config.model)
+    check_text_to_image(inspect(config.model), "this command")
     result = find_result(run)
     records = held_out(config.evaluation)
     buckets = _buckets(config)
@@ -135,7 +137,10 @@ def apply(result: Path, pipeline: Any, *, prediction_type: str | None = None) ->
     it.
     """
     if not (result / "model_index.json").is_file():
-        pipeline.load_lora_weights(str(result))
+        adapter = adapter_file.find(str(result))
+        words = pipeline.tokenizer.get_vocab()
+        adapter_file.check([adapter], adapter_file.pipeline_shapes(pipeline), words)
+        adapter_file.apply(pipeline, [adapter])
         if prediction_type:
             pipeline.scheduler.register_to_config(prediction_type=prediction_type)
         return pipeline

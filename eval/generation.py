@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,20 @@ def scheduler_settings(pipeline: Any) -> dict[str, Any]:
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Floats in [0, 1] to uint8, rounded: flooring darkens by half a level, which FID can see."""
     return np.rint(np.asarray(images, dtype=np.float64).clip(0, 1) * 255).astype(np.uint8)
+
+
+def of_one_colour(paths: Sequence[Path]) -> list[str]:
+    """The names of the pictures that are black, or of any one colour, all over."""
+    from PIL import Image
+
+    def is_flat(path: Path) -> bool:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))  # (h, w, 3)
+            return bool((pixels == pixels[0, 0]).all())
+
+    with ThreadPoolExecutor() as pool:
+        flat = pool.map(is_flat, paths)
+        return [path.name for path, yes in zip(paths, flat, strict=True) if yes]
 
 
 def _sample(pipeline: Any, batch: list[dict[str, Any]]) -> np.ndarray:

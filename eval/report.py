@@ -253,6 +253,10 @@ details > .reasons { margin-top: .5rem; }
 svg .pale { stroke-width: 1; opacity: .55; }
 .limit { color: var(--warn); }
 svg .limit { stroke-width: 1.2; stroke-dasharray: 5 4; }
+.q1 { color: var(--accent); }
+.q2 { color: #3f7fbf; }
+.q3 { color: #a668b5; }
+.q4 { color: #c56a4a; }
 .key { margin: .2rem 0 0; font-size: .8rem; }
 .key span { margin-right: 1rem; }
 .key span::before { content: ""; display: inline-block; width: 1.1em; margin-right: .4em;

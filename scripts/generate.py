@@ -29,7 +29,7 @@ class GenerateConfig(SamplingConfig):
 
     model: BaseConfig = BaseConfig()
     adapters: list[str] = []
-    """LoRA folders or .safetensors files, each `path` or `path:scale`."""
+    """LoRA or embedding folders or .safetensors files, each `path` or, of a LoRA, `path:scale`."""
 
     @field_validator("adapters", mode="before")
     @classmethod
@@ -38,21 +38,24 @@ class GenerateConfig(SamplingConfig):
 
 
 def main(arguments: list[str]) -> None:
-    from train import adapter_file
+    from train import adapter_file, new_tokens
+    from train.families import check_text_to_image
     from train.models import inspect
 
     config = load(GenerateConfig, [spelled_out(argument) for argument in arguments])
-    inspect(config.model)
+    check_text_to_image(inspect(config.model), "this command")
     prompts = read_prompts(config) * config.count
     adapters = [adapter_file.find(text) for text in config.adapters]
     folder = Path(config.model.path)
     if folder.is_dir():
         # Its files' headers tell a wrong adapter before anything heavy is loaded.
-        adapter_file.check(adapters, adapter_file.folder_shapes(folder))
+        words = new_tokens.words_of(folder / "tokenizer")
+        adapter_file.check(adapters, adapter_file.folder_shapes(folder), words)
     claim(config)
 
     pipeline = load_base(config)
-    adapter_file.check(adapters, adapter_file.pipeline_shapes(pipeline))
+    words = pipeline.tokenizer.get_vocab()
+    adapter_file.check(adapters, adapter_file.pipeline_shapes(pipeline), words)
     adapter_file.apply(pipeline, adapters)
     paths = make(pipeline, prompts, config)
     print(f"pictures: {len(paths)} in {config.output}")

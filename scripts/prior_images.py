@@ -13,18 +13,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
 import yaml
 from PIL import Image
 from pydantic import Field, model_validator
 
 from data.files import write_atomically
 from data.images import FORMATS, Size
-from eval.generation import KEY
+from data.pairing import in_proportion
+from eval.generation import KEY, of_one_colour
 from eval.sampling import SamplingConfig, load_base, make, read_prompts, spelled_out
 from train.config import UserError, command, dump, load
 
@@ -69,10 +68,11 @@ class PriorConfig(SamplingConfig):
 
 
 def main(arguments: list[str]) -> None:
+    from train.families import check_text_to_image
     from train.models import inspect
 
     config = load(PriorConfig, [spelled_out(argument) for argument in arguments])
-    inspect(config.model)
+    check_text_to_image(inspect(config.model), "this command")
     classes = read_prompts(config)
     prompts = [classes[k % len(classes)] for k in range(config.count)]
     check(config)
@@ -161,36 +161,6 @@ def bucket_shares(config: PriorConfig) -> dict[Size, float]:
     sizes = buckets_of(cropping, table.widths[used], table.heights[used])  # (n, 2)
     counts = Counter((int(pair[0]), int(pair[1])) for pair in sizes)
     return {size: count / len(sizes) for size, count in sorted(counts.items())}
-
-
-def in_proportion(shares: dict[Size, float], count: int) -> list[Size]:
-    """`count` sizes in these shares; a larger count only adds to the list.
-
-    Each is the one that lags most behind its share, so every beginning of the list is as near to
-    the shares as whole pictures can be.
-    """
-    sizes, wanted = list(shares), np.array(list(shares.values()))
-    given = np.zeros(len(sizes))
-    chosen = []
-    for k in range(1, count + 1):
-        # Rounded, or noise in the last place would decide between equals.
-        at = int(np.argmax(np.round(wanted * k - given, 9)))
-        given[at] += 1
-        chosen.append(sizes[at])
-    return chosen
-
-
-def of_one_colour(paths: Sequence[Path]) -> list[str]:
-    """The names of the pictures that are black, or of any one colour, all over."""
-
-    def is_flat(path: Path) -> bool:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))  # (h, w, 3)
-            return bool((pixels == pixels[0, 0]).all())
-
-    with ThreadPoolExecutor() as pool:
-        flat = pool.map(is_flat, paths)
-        return [path.name for path, yes in zip(paths, flat, strict=True) if yes]
 
 
 def _scan(config: PriorConfig) -> Source:

@@ -112,3 +112,22 @@ def held_out(pipeline: Any, data: Data, *, rounds: int = 8) -> torch.Tensor:
         timesteps = torch.randint(k * 1000 // rounds, (k + 1) * 1000 // rounds, (len(latents),))
         total += losses(pipeline, latents, data.captions, noise, timesteps)
     return total / rounds
+
+
+def halve(file: Path) -> None:
+    """The picture at half its size, in place."""
+    with Image.open(file) as picture:
+        small = picture.reduce(2)
+    small.save(file)
+
+
+@torch.no_grad()
+def add_token(pipeline: Any, token: str, words: str) -> int:
+    """A new word with the mean embedding of others; returns its row."""
+    pipeline.tokenizer.add_tokens([token])
+    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
+    weight = pipeline.text_encoder.get_input_embeddings().weight
+    ids = pipeline.tokenizer(words, add_special_tokens=False).input_ids
+    row = pipeline.tokenizer.convert_tokens_to_ids(token)
+    weight[row] = weight[ids].mean(0)
+    return int(row)

@@ -68,7 +68,7 @@ def test_what_can_not_be_an_adapter_is_named_with_the_remedy(tmp_path):
         "two:nan": "finite",
         "run": "its adapter is .*run/adapter",
         "two": "2 .safetensors files; name one",
-        "pickles": "has no pytorch_lora_weights.safetensors",
+        "pickles": "has no pytorch_lora_weights.safetensors or learned_embeds.safetensors",
         "pickles/pytorch_lora_weights.bin": "Pickles can run code",
     }.items():
         with pytest.raises(UserError, match=part):
@@ -80,6 +80,32 @@ def test_a_file_that_only_has_the_name_is_refused(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="a.safetensors cannot be read"):
         adapter_file.header(tmp_path / "a.safetensors")
+
+
+def embedding(file, shape=(2, 32), name="<owl>", **more):
+    file.parent.mkdir(exist_ok=True)
+    save_file({name: torch.full(shape, 0.5), **more}, file)
+    return file
+
+
+def test_embeddings_are_found_alone_several_and_beside_a_lora(tmp_path, adapter):
+    one = embedding(tmp_path / "one" / "learned_embeds.safetensors")
+    assert find(str(one)) == find(str(one.parent)) == Adapter(None, 1.0, (one,))
+    other = embedding(tmp_path / "any" / "easy.safetensors", (32,), "emb_params")
+    assert find(str(other.parent)) == Adapter(None, 1.0, (other,))
+    both = tmp_path / "both"
+    files = [embedding(both / f"learned_embeds-{k}.safetensors", name=f"<{k}>") for k in "ab"]
+    assert find(str(both)) == Adapter(None, 1.0, tuple(files))
+    (both / FILE).write_bytes((adapter / FILE).read_bytes())
+    assert find(f"{both}:0.5") == Adapter(both / FILE, 0.5, tuple(files))
+    assert find(f"{both / FILE}:0.5") == Adapter(both / FILE, 0.5)
+
+
+def test_an_embedding_has_no_scale(tmp_path):
+    file = embedding(tmp_path / "learned_embeds.safetensors")
+    with pytest.raises(UserError, match="an embedding has no scale.*give adapters=.*safetensors$"):
+        find(f"{file}:0.5")
+    assert find(f"{file}:1").scale == 1
 
 
 # Checking
@@ -149,7 +175,89 @@ def test_tensors_of_something_else_are_no_adapter(pipeline, tmp_path):
         check({"unet.conv_in.weight": torch.zeros(3, 3)}, pipeline, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("width", "family"), [(768, "Stable Diffusion 1"), (1024, "Stable Diffusion 2"), (7, "another")]
+)
+def test_an_embedding_of_another_family_is_refused_by_name(pipeline, tmp_path, width, family):
+    file = embedding(tmp_path / "learned_embeds.safetensors", (1, width))
+    with pytest.raises(UserError, match=f"embedding of {family}.*base is .*width 32"):
+        adapter_file.check([find(str(file))], adapter_file.pipeline_shapes(pipeline))
+    large = {"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}
+    with pytest.raises(UserError, match="Stable Diffusion XL"):
+        check(large, pipeline, tmp_path)
+
+
+def test_a_word_that_is_known_is_refused_by_name(pipeline, tmp_path):
+    shapes = adapter_file.pipeline_shapes(pipeline)
+    first = find(str(embedding(tmp_path / "a.safetensors")))
+    again = find(str(embedding(tmp_path / "<owl>.safetensors", (32,), "emb_params")))
+    adapter_file.check([first], shapes, {"<owls>", "<owl>_2"})
+    for words in ({"<owl>"}, {"<owl>_1"}):
+        with pytest.raises(UserError, match="for the word <owl>, and <owl>.* vocabulary already"):
+            adapter_file.check([first], shapes, words)
+    with pytest.raises(UserError, match="<owl>.safetensors is for the word <owl>, and"):
+        adapter_file.check([first, again], shapes)
+
+
+def scheduler(folder, **settings):
+    folder.mkdir(exist_ok=True)
+    tiny_pipeline().scheduler.__class__(**settings).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def test_adapters_that_were_trained_for_different_schedulers_are_refused_together(
+    pipeline, adapter, tmp_path
+):
+    for name, kind in (("a", "epsilon"), ("b", "v_prediction")):
+        (scheduler(tmp_path / name, prediction_type=kind) / FILE).write_bytes(
+            (adapter / FILE).read_bytes()
+        )
+    shapes = adapter_file.pipeline_shapes(pipeline)
+    adapter_file.check([find(str(tmp_path / "a")), find(str(adapter))], shapes)
+    with pytest.raises(UserError, match="prediction_type=v_prediction, another of them with eps"):
+        adapter_file.check([find(str(tmp_path / "a")), find(str(tmp_path / "b"))], shapes)
+
+
 # Applying
+
+
+def test_embeddings_are_read_under_their_names(tmp_path):
+    pipeline = tiny_pipeline()
+    one = embedding(tmp_path / "a.safetensors", (2, 32), "<owl>")
+    kohya_s = embedding(tmp_path / "easy.safetensors", (1, 32), "emb_params")
+    adapter_file.apply(pipeline, [find(str(one)), find(str(kohya_s))])
+    ids = pipeline.tokenizer.convert_tokens_to_ids(["<owl>", "<owl>_1", "easy"])
+    rows = pipeline.text_encoder.get_input_embeddings().weight[ids]
+    assert len(set(ids)) == 3 and torch.equal(rows, torch.full((3, 32), 0.5))
+
+
+@pytest.mark.parametrize("sampler", ["DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
+def test_pictures_are_sampled_as_the_adapter_was_trained(tmp_path, sampler):
+    import diffusers
+
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config)
+    file = embedding(tmp_path / "x" / "learned_embeds.safetensors")
+    scheduler(tmp_path / "x", prediction_type="sample")
+    adapter_file.apply(pipeline, [find(str(file))])
+    assert type(pipeline.scheduler).__name__ == sampler
+    assert pipeline.scheduler.config.prediction_type == "sample"
+    assert pipeline.scheduler.config.timestep_spacing == "leading"
+    scheduler(tmp_path / "x", prediction_type="sample", rescale_betas_zero_snr=True)
+    adapter_file.adopt_scheduler(pipeline, adapter_file.trained_with([find(str(file))]))
+    able = sampler if sampler != "PNDMScheduler" else "DDIMScheduler"
+    assert type(pipeline.scheduler).__name__ == able
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    assert pipeline.scheduler.alphas_cumprod[-1] < 1e-4
+
+
+def test_the_base_s_own_scheduler_stays_where_nothing_differs(tmp_path):
+    pipeline = tiny_pipeline()
+    before = pipeline.scheduler
+    file = embedding(tmp_path / "x" / "learned_embeds.safetensors")
+    pipeline.scheduler.save_pretrained(tmp_path / "x" / "scheduler")
+    adapter_file.apply(pipeline, [find(str(file))])
+    assert pipeline.scheduler is before
 
 
 def test_adapters_act_together_each_at_its_scale(adapter, tmp_path):

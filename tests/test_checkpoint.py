@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from train import checkpoint
+from train import checkpoint, optim
+from train.averaging import averages_of
 from train.checkpoint import Checkpoints, DamagedCheckpoint
+from train.config import OptimConfig
 
 
 class Net(nn.Module):
@@ -217,7 +219,7 @@ def test_a_writer_killed_at_any_point_leaves_only_whole_checkpoints(written, mon
 def test_older_checkpoints_go_only_after_the_new_one_is_in_place(written, monkeypatch):
     checkpoints, model, optimizer = written
     seen = []
-    monkeypatch.setattr(Checkpoints, "_prune", lambda self: seen.append(self.steps()))
+    monkeypatch.setattr(Checkpoints, "_prune", lambda self, _: seen.append(self.steps()))
     checkpoints.save(6, model, optimizer)
     assert seen == [[2, 4, 6]]
     checkpoint.verify(checkpoints.path(6))
@@ -234,3 +236,172 @@ def test_everything_is_on_disk_before_the_name_appears(written, monkeypatch):
     files = {"model.safetensors", "optimizer.safetensors", "manifest.json"}
     assert files <= set(events[:rename])
     assert events[rename + 1 :] == ["checkpoints"]
+
+
+# Every optimizer, and the averages
+
+
+RUNS = {
+    "adamw": {},
+    "adamw with an average": {"ema_decay": 0.6},
+    "adamw8bit": {"name": "adamw8bit"},
+    "adafactor": {"name": "adafactor"},
+    "prodigy": {"name": "prodigy", "learning_rate": 1.0},
+    "prodigy with an average": {"name": "prodigy", "learning_rate": 1.0, "ema_decay": 0.6},
+    "schedule_free": {"name": "schedule_free", "schedule": "constant", "warmup_steps": 4},
+}
+
+
+class Wide(Net):
+    """With a layer that is large enough for moments of 8 bits (4096)."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.first, self.frozen = nn.Linear(3, 1500), nn.Linear(1500, 8)
+        self.frozen.requires_grad_(False)
+        nn.init.zeros_(self.last.bias)  # of a zero Prodigy keeps a scalar
+
+
+class Run:
+    """Six steps of a run as the loop takes them."""
+
+    def __init__(self, kind, seed=0):
+        settings = {"learning_rate": 0.01, "final_learning_rate": 0.0, **RUNS[kind]}
+        decay = settings.pop("ema_decay", None)
+        config = OptimConfig(**settings)
+        self.model = Wide(seed)
+        self.model.frozen.load_state_dict(Wide().frozen.state_dict())
+        groups = optim.groups({"unet": self.model.named_parameters()}, config)
+        self.optimizer = optim.build(groups, config)
+        self.schedule = optim.Schedule(self.optimizer, steps=6, config=config)
+        self.averages = averages_of(self.model, self.optimizer, decay)
+
+    def train(self, first, last):
+        for step in range(first, last):
+            self.schedule.apply(step)
+            train(self.model, self.optimizer, 1, start=step)
+            self.averages.update(step)
+
+    def save(self, checkpoints, step):
+        checkpoints.save(step, self.model, self.optimizer, self.averages.state())
+
+    def used(self):
+        with self.averages.applied():
+            return {k: v.clone() for k, v in self.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, kind):
+    straight, killed, resumed = Run(kind), Run(kind), Run(kind, seed=9)
+    straight.train(0, 6)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    killed.train(0, 3)
+    killed.save(checkpoints, 3)
+    assert checkpoints.restore(resumed.model, resumed.optimizer, resumed.averages) == 3
+    same(killed.used(), resumed.used())
+    resumed.train(3, 6)
+    same(straight.model.state_dict(), resumed.model.state_dict())
+    same(straight.used(), resumed.used())
+    ours, theirs = (
+        checkpoint.optimizer_state(run.model, run.optimizer) for run in (straight, resumed)
+    )
+    same(ours[0], theirs[0])
+    assert ours[1] == theirs[1]
+    same(straight.averages.state(), resumed.averages.state())
+    assert {p.dtype for p in resumed.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_the_weights_alone_are_those_that_were_used_then(tmp_path, kind):
+    run = Run(kind)
+    run.train(0, 3)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    run.save(checkpoints, 3)
+    expected = run.used()
+    run.train(3, 6)
+    checkpoints.load_weights(3, run.model, run.averages)
+    run.averages.settle()
+    same(run.model.state_dict(), expected)
+
+
+def test_averages_are_written_where_there_are_any_and_checked_like_the_rest(tmp_path):
+    averaged, plain = Run("adamw with an average"), Run("adamw")
+    averaged.train(0, 2)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    plain.save(checkpoints, 1)
+    averaged.save(checkpoints, 2)
+    assert not (checkpoints.path(1) / "averages.safetensors").exists()
+    flip(checkpoints.path(2) / "averages.safetensors")
+    with pytest.raises(DamagedCheckpoint, match="step-00000002/averages.safetensors is damaged"):
+        checkpoints.load_weights(2, averaged.model, averaged.averages)
+    assert checkpoints.restore(averaged.model, averaged.optimizer, averaged.averages) == 1
+    same(averaged.used(), plain.model.state_dict())
+
+
+def test_another_number_of_groups_is_refused(written):
+    checkpoints, model, _ = written
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in model.first.parameters()])
+    with pytest.raises(DamagedCheckpoint, match="1 groups of parameters, the optimizer 2"):
+        checkpoints.restore(model, optimizer)
+
+
+# The best
+
+
+def test_the_best_stays_until_another_is_better(written):
+    checkpoints, model, optimizer = written
+    assert checkpoints.best() is None
+    checkpoints.mark_best(2, "loss", 0.5)
+    for step in (6, 8, 10):
+        checkpoints.save(step, model, optimizer)
+    assert checkpoints.steps() == [2, 8, 10]
+    assert checkpoints.best() == {"step": 2, "metric": "loss", "value": 0.5}
+    checkpoints.mark_best(10, "loss", 0.4)
+    checkpoints.save(12, model, optimizer)
+    checkpoints.save(14, model, optimizer)
+    assert checkpoints.steps() == [10, 12, 14]
+
+
+def test_a_run_that_goes_on_from_before_its_best_has_none(written):
+    checkpoints, model, optimizer = written
+    checkpoints.mark_best(4, "loss", 0.5)
+    assert restored(checkpoints)[0] == 4 and checkpoints.best()["step"] == 4
+    flip(checkpoints.path(4) / "model.safetensors")
+    assert restored(checkpoints)[0] == 2
+    assert checkpoints.best() is None and not (checkpoints.folder / "best.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"step": "4"}', '{"step": 9, "value": 1}'])
+def test_a_best_that_is_unreadable_or_gone_is_none(written, text):
+    checkpoints, model, optimizer = written
+    (checkpoints.folder / "best.json").write_text(text)
+    assert checkpoints.best() is None
+    checkpoints.save(6, model, optimizer)
+    assert restored(checkpoints)[0] == 6
+
+
+def test_a_best_is_written_whole_or_not_at_all(written, monkeypatch):
+    checkpoints, model, optimizer = written
+    checkpoints.mark_best(2, "loss", 0.5)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.mark_best(4, "loss", 0.4)
+    assert checkpoints.best()["step"] == 2
+    checkpoints.save(6, model, optimizer)
+    assert not list(checkpoints.folder.glob(".writing-*"))
+
+
+def test_the_newest_intact_one_is_not_pruned_for_damaged_ones_after_it(written):
+    checkpoints, model, optimizer = written
+    flip(checkpoints.path(4) / "model.safetensors")
+    assert restored(checkpoints)[0] == 2
+    checkpoints.save(3, model, optimizer)
+    assert checkpoints.steps() == [2, 3, 4]
+    assert restored(checkpoints)[0] == 3
+    checkpoints.save(4, model, optimizer)
+    assert checkpoints.steps() == [3, 4] and restored(checkpoints)[0] == 4

@@ -105,7 +105,9 @@ BELOW_THE_LOOP = (
     "meter",
     "method",
     "optim",
+    "packages",
     "previews",
+    "sharding",
     "tracking",
     "validation",
 )

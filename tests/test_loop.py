@@ -41,6 +41,8 @@ class Line(nn.Module):
 class Samples:
     """Three samples per step, cut into two unequal micro-batches."""
 
+    held_out = None
+
     def epochs(self, steps):
         return steps / 2
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.tiny import tiny_pipeline, tiny_tokenizer
-from train import models
-from train.config import ModelConfig, UserError
+from train import inspection, models
+from train.config import DiffusionConfig, ModelConfig, UserError
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_pickles_are_refused_whether_there_or_not(name, exists, tmp_path):
     assert "safetensors" in message or not exists
 
 
-@pytest.mark.parametrize("part", models.PARTS)
+@pytest.mark.parametrize("part", inspection.PARTS)
 def test_a_missing_part_is_named(base, part):
     shutil.rmtree(base / part)
     assert f"lacks {part};" in refused(base)
@@ -131,9 +131,11 @@ def test_an_empty_folder_is_no_pipeline(tmp_path):
     ("family", "unet"),
     [
         ("Stable Diffusion XL", {"addition_embed_type": "text_time", "cross_attention_dim": 2048}),
-        ("an inpainting model", {"in_channels": 9}),
-        ("a depth model", {"in_channels": 5}),
-        ("Stable Diffusion 1", {"cross_attention_dim": 768, "use_linear_projection": False}),
+        ("the Stable Diffusion upscaler", {"in_channels": 7}),
+        ("InstructPix2Pix", {"in_channels": 8}),
+        ("of an unknown family", {"in_channels": 12}),
+        ("Stable unCLIP", {"class_embed_type": "projection"}),
+        ("a latent consistency model", {"time_cond_proj_dim": 256}),
     ],
 )
 def test_another_family_is_refused_by_name(base, family, unet):
@@ -142,11 +144,35 @@ def test_another_family_is_refused_by_name(base, family, unet):
     assert f"is {family}" in message and "stable-diffusion-2-1" in message
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline"])
-def test_another_pipeline_is_refused_by_name_even_if_its_parts_differ(base, name):
+def test_parts_of_different_models_are_told_by_their_widths(base):
+    edit(base / "unet/config.json", cross_attention_dim=768)
+    message = refused(base)
+    assert "768 wide" in message and "32 (hidden_size)" in message
+
+
+@pytest.mark.parametrize("channels", [5, 9])
+def test_a_unet_of_another_family_than_its_pipeline_s_is_told(base, channels):
+    edit(base / "unet/config.json", in_channels=channels)
+    message = refused(base)
+    assert "says StableDiffusionPipeline" in message and f"{channels} input channels" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("StableDiffusionXLPipeline", "is Stable Diffusion XL"),
+        ("StableDiffusion3Pipeline", "is Stable Diffusion 3"),
+        ("StableDiffusionInstructPix2PixPipeline", "is InstructPix2Pix"),
+        ("StableDiffusionUpscalePipeline", "is the Stable Diffusion upscaler"),
+        ("FluxPipeline", "is Flux"),
+        ("KandinskyPipeline", "is a KandinskyPipeline"),
+    ],
+)
+def test_another_pipeline_is_refused_by_name_even_if_its_parts_differ(base, name, family):
     edit(base / "model_index.json", _class_name=name)
     shutil.rmtree(base / "unet")
-    assert name in refused(base)
+    message = refused(base)
+    assert name in message and family in message
 
 
 # Loading
@@ -187,12 +213,13 @@ def test_what_can_not_be_loaded_is_the_users_to_mend(base, damage):
         models.load_pipeline(str(base))
 
 
-def test_a_hub_that_can_not_be_reached_is_told_in_one_line(monkeypatch):
+def test_a_hub_that_can_not_be_reached_is_told_in_one_line(saved, monkeypatch):
     from diffusers import StableDiffusionPipeline
 
     def unreachable(*_, **__):
         raise OSError("We couldn't connect\nto the hub\n")
 
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(saved))
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", unreachable)
     with pytest.raises(
         UserError, match="owner/name.*We couldn't connect. Check.*network"
@@ -206,6 +233,47 @@ def test_a_single_file_that_is_none_is_named(tmp_path, saved):
     file.write_bytes(b"not a model")
     with pytest.raises(UserError, match="model.safetensors"):
         models.load_pipeline(str(file), config=str(saved))
+
+
+# What the configuration overrides
+
+
+def test_without_overrides_the_scheduler_is_the_checkpoint_s_own():
+    scheduler = tiny_pipeline().scheduler
+    assert models.reschedule(scheduler, DiffusionConfig()) is scheduler
+
+
+def test_a_prediction_type_reaches_the_scheduler_and_nothing_else_changes():
+    old = tiny_pipeline(family="sd21-base").scheduler
+    new = models.reschedule(old, DiffusionConfig(prediction_type="v_prediction"))
+    assert type(new) is type(old)
+    kept = {key: value for key, value in old.config.items() if not key.startswith("_")}
+    kept |= {"prediction_type": "v_prediction"}
+    assert {key: new.config[key] for key in kept} == kept
+
+
+def rescaled(scheduler):
+    """Lin et al. 2023, algorithm 1, in float64."""
+    root = scheduler.alphas_cumprod.double().sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+
+
+@pytest.mark.parametrize("family", ["sd21", "sd21-base"])
+def test_zero_terminal_snr_rescales_the_schedule_and_samples_from_its_end(family):
+    old = tiny_pipeline(family=family).scheduler
+    config = DiffusionConfig(prediction_type="v_prediction", zero_terminal_snr=True)
+    new = models.reschedule(old, config)
+    assert new.alphas_cumprod[-1] == 0
+    torch.testing.assert_close(new.alphas_cumprod.double(), rescaled(old), rtol=0, atol=1e-6)
+    new.set_timesteps(4)
+    assert new.timesteps[0] == 999
+    assert (new.config.prediction_type, new.config.clip_sample) == ("v_prediction", False)
+
+
+def test_a_model_of_epsilon_can_not_have_zero_terminal_snr():
+    scheduler = tiny_pipeline(family="sd21-base").scheduler
+    with pytest.raises(UserError, match="zero_terminal_snr=true: .* epsilon"):
+        models.reschedule(scheduler, DiffusionConfig(zero_terminal_snr=True))
 
 
 # Fingerprints and encoders

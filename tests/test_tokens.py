@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from data.tokens import WINDOW, count_tokens, cut_captions, tokenize
+from data.tokens import WINDOW, count_tokens, cut_captions, embedding_names, tokenize
 from tests.tiny import tiny_tokenizer
 from train.config import ROOT
 
@@ -124,3 +124,33 @@ def test_no_warning_about_long_captions(caplog):
             assert "longer than" in caplog.text
     finally:
         logger.removeHandler(caplog.handler)
+
+
+# Words of several embeddings
+
+
+def with_owl(vectors=3):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(embedding_names("<owl>", vectors))
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["an <owl> on a tree", "<owl>", "x<owl>s, <owl> <owl>", "a " * 74 + "<owl>", "a " * 99],
+)
+def test_a_word_of_several_embeddings_is_read_as_a_pipeline_reads_it(caption):
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    tokenizer = with_owl()
+    converted = TextualInversionLoaderMixin().maybe_convert_prompt(caption, tokenizer)
+    assert torch.equal(tokenize(tokenizer, [caption]), reference(tokenizer, [converted]))
+    assert torch.equal(tokenize(with_owl(1), [caption]), reference(with_owl(1), [caption]))
+
+
+def test_it_counts_in_full_stays_whole_in_windows_and_is_reported_where_it_is_cut():
+    tokenizer, caption = with_owl(), "a " * 73 + "<owl>"
+    assert count_tokens(tokenizer, [caption]) == [76]
+    assert cut_captions(tokenizer, [caption]) == [(0, 76)]
+    assert [len(window) for window in windows(tokenizer, caption, 150)] == [73, 3]
+    assert [len(window) for window in windows(tokenizer, "a " * 72 + "<owl>", 150)] == [75]

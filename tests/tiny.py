@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionDepth2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -22,29 +25,42 @@ from transformers import (
 )
 
 SPECIAL = ("!", "<|startoftext|>", "<|endoftext|>")
+FamilyName = Literal["sd21", "sd21-base", "sd2-depth", "sd2-inpainting", "sd15"]
+FAMILIES: tuple[FamilyName, ...] = ("sd21", "sd21-base", "sd2-depth", "sd2-inpainting", "sd15")
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
+def tiny_tokenizer(pad: str = "!") -> CLIPTokenizer:
     """CLIP's byte-level tokenizer with no merges; like SD 2's, it pads with `!`."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     words = letters + [letter + "</w>" for letter in letters] + list(SPECIAL[1:])
     vocabulary = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocabulary, [], pad_token="!", model_max_length=77)
+    return CLIPTokenizer(vocabulary, [], pad_token=pad, model_max_length=77)
 
 
-def tiny_pipeline(seed: int = 0, *, width: int = 32) -> StableDiffusionPipeline:
-    """SD 2.1 in shape (linear projections, v-prediction, 4 channels at 8x), random in weights."""
+def tiny_pipeline(seed: int = 0, *, width: int = 32, family: FamilyName = "sd21") -> Any:
+    """A family in shape, random in weights: SD 2.1 with linear projections and v-prediction, 4
+    channels at 8x; or another, that predicts epsilon."""
     torch.manual_seed(seed)
-    pipeline: Any = StableDiffusionPipeline(
-        vae=_vae(),
-        text_encoder=CLIPTextModel(_text_config(width)),
-        tokenizer=tiny_tokenizer(),
-        unet=_unet(width),
-        scheduler=_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts: dict[str, Any] = {
+        "vae": _vae(),
+        "text_encoder": CLIPTextModel(_text_config(width)),
+        "tokenizer": tiny_tokenizer("<|endoftext|>" if family == "sd15" else "!"),
+        "unet": _unet(
+            width,
+            channels={"sd2-depth": 5, "sd2-inpainting": 9}.get(family, 4),
+            linear=family != "sd15",
+            side=None if family == "sd21" else 8,
+        ),
+        "scheduler": _scheduler() if family == "sd21" else _epsilon_scheduler(),
+        "feature_extractor": None,
+    }
+    pipeline: Any
+    if family == "sd2-depth":
+        pipeline = StableDiffusionDepth2ImgPipeline(**parts, depth_estimator=None)
+    else:
+        inpainting = family == "sd2-inpainting"
+        kind = StableDiffusionInpaintPipeline if inpainting else StableDiffusionPipeline
+        pipeline = kind(**parts, safety_checker=None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -93,9 +109,12 @@ def _text_config(width: int) -> CLIPTextConfig:
     )
 
 
-def _unet(width: int) -> UNet2DConditionModel:
+def _unet(
+    width: int, *, channels: int = 4, linear: bool = True, side: int | None = None
+) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        in_channels=4,
+        sample_size=side,
+        in_channels=channels,
         out_channels=4,
         block_out_channels=(32, 64),
         layers_per_block=1,
@@ -103,7 +122,7 @@ def _unet(width: int) -> UNet2DConditionModel:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         attention_head_dim=(2, 4),
         cross_attention_dim=width,
-        use_linear_projection=True,
+        use_linear_projection=linear,
         norm_num_groups=8,
     )
 
@@ -130,4 +149,16 @@ def _scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
         timestep_spacing="leading",
+    )
+
+
+def _epsilon_scheduler() -> PNDMScheduler:
+    """As the checkpoints have it that predict epsilon."""
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )

@@ -1,19 +1,21 @@
-"""LoRA files that are to be used with a base: finding one, and telling from its header alone
-whether it fits.
+"""LoRA and embedding files that are to be used with a base: finding them, and telling from their
+headers alone whether they fit.
 
-Nothing here loads weights, so a wrong adapter is refused before anything is changed.
+Nothing here loads weights before `apply`, so a wrong adapter is refused before anything is changed.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.config import UserError
+from data.tokens import embedding_names
+from train.config import DiffusionConfig, UserError
 
 Shapes = dict[str, tuple[int, ...]]
 Layers = dict[str, tuple[int | None, int | None]]
@@ -25,12 +27,24 @@ _FACTOR = re.compile(
 )
 
 
+_LORA = "pytorch_lora_weights.safetensors"
+_EMBEDDINGS = "learned_embeds*.safetensors"
+_KOHYA = "emb_params"  # what an embedding is called in a file whose own name is its word
+# Of a scheduler's configuration, what an adapter was trained with, and diffusers' defaults.
+_TRAINED_WITH = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA file, and how strongly it acts."""
+    """A LoRA file and how strongly it acts, or files of embeddings, or both."""
 
-    file: Path
+    file: Path | None
     scale: float
+    embeddings: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> list[Path]:
+        return [*self.embeddings, *([self.file] if self.file else [])]
 
 
 def find(text: str) -> Adapter:
@@ -46,12 +60,20 @@ def find(text: str) -> Adapter:
             ) from None
     if not math.isfinite(scale):
         raise UserError(f"adapters={text}: the scale must be a finite number")
-    return Adapter(_file(Path(path)), scale)
+    found = _in_folder(Path(path)) if Path(path).is_dir() else [_file(Path(path))]
+    loras = [file for file in found if _word(file) is None]
+    if not loras and scale != 1:
+        raise UserError(
+            f"adapters={text}: an embedding has no scale, its word is in the prompt or not; give "
+            f"adapters={path}"
+        )
+    if len(loras) > 1:
+        raise UserError(f"adapters={path}: {loras[-1].name} is no embedding; name one file")
+    words = tuple(file for file in found if file not in loras)
+    return Adapter(loras[0] if loras else None, scale, words)
 
 
 def _file(path: Path) -> Path:
-    if path.is_dir():
-        return _in_folder(path)
     if not path.is_file():
         raise UserError(f"adapters={path}: no such file or folder")
     if path.suffix != ".safetensors":
@@ -62,31 +84,72 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _in_folder(path: Path) -> Path:
-    standard = path / "pytorch_lora_weights.safetensors"
-    files = [standard] if standard.is_file() else sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return files[0]
+def _in_folder(path: Path) -> list[Path]:
+    """A LoRA at the most, and any number of embeddings."""
+    standard = [*path.glob(_LORA), *sorted(path.glob(_EMBEDDINGS))]
+    files = standard or sorted(path.glob("*.safetensors"))
+    if standard or len(files) == 1:
+        return files
     if files:
         raise UserError(f"adapters={path} has {len(files)} .safetensors files; name one of them")
     if (path / "adapter").is_dir():
         raise UserError(f"adapters={path} is a run; its adapter is {path / 'adapter'}")
-    raise UserError(f"adapters={path} has no pytorch_lora_weights.safetensors")
+    raise UserError(f"adapters={path} has no {_LORA} or learned_embeds.safetensors")
 
 
-def check(adapters: Sequence[Adapter], base: Shapes) -> None:
-    """Raises UserError unless every layer the adapters change is one of the base's, in shape too.
+def _word(file: Path) -> tuple[str, tuple[int, ...]] | None:
+    """The word of an embedding and its shape; None for a file of something else."""
+    tensors = header(file)
+    ((name, shape),) = tensors.items() if len(tensors) == 1 else [("", ())]
+    if not name or len(shape) > 2 or not shape or name.endswith((".weight", ".bias", ".alpha")):
+        return None
+    return (file.stem if name == _KOHYA else name), shape
 
-    base: from `folder_shapes` or `pipeline_shapes`.
+
+def check(adapters: Sequence[Adapter], base: Shapes, words: Collection[str] = ()) -> None:
+    """Raises UserError unless every layer the adapters change is one of the base's, in shape too,
+    their new words are new, and they were trained alike.
+
+    base: from `folder_shapes` or `pipeline_shapes`. words: those of the base's tokenizer.
     """
+    known = set(words)
     for adapter in adapters:
-        _check(adapter.file, base)
+        for file in adapter.embeddings:
+            known |= _check_embedding(file, base, known)
+        if adapter.file is not None:
+            _check(adapter.file, base)
+    trained_with(adapters)
+
+
+def _check_embedding(file: Path, base: Shapes, words: set[str]) -> set[str]:
+    """The words that are known with it."""
+    found = _word(file)
+    assert found is not None
+    token, shape = found
+    width = next((s[1] for name, s in base.items() if name.endswith("token_embedding")), None)
+    if shape[-1] != width:
+        raise UserError(
+            f"{file} is an embedding of {_family(shape[-1], 'text')}, the base is "
+            f"{_family(width, 'text')}; use the base it was trained on"
+        )
+    if known := words & set(embedding_names(token, 2)):
+        raise UserError(
+            f"{file} is for the word {token}, and {' and '.join(sorted(known))} is in the "
+            "vocabulary already, of the base or of an embedding before it"
+        )
+    return set(embedding_names(token, shape[0] if len(shape) > 1 else 1))
 
 
 def _check(file: Path, base: Shapes) -> None:
-    layers = _layers(header(file))
+    tensors = header(file)
+    layers = _layers(tensors)
+    if tensors.keys() == {"clip_l", "clip_g"}:
+        raise UserError(f"{file} is an embedding of Stable Diffusion XL, which the base is not")
     if not layers:
-        raise UserError(f"{file} holds no LoRA (no lora_A/lora_B or lora_down/lora_up weights)")
+        raise UserError(
+            f"{file} holds no LoRA (no lora_A/lora_B or lora_down/lora_up weights), and no "
+            "embedding (one tensor, of rows)"
+        )
     _check_family(file, layers, base)
     for name, (inputs, outputs) in layers.items():
         shape = base.get(name)
@@ -175,19 +238,66 @@ def _text_width(layers: Iterable[tuple[str, int | None]]) -> int | None:
     return next((size for name, size in layers if name.endswith("attn2_to_k") and size), None)
 
 
-def _family(width: int | None) -> str:
-    return f"{_FAMILIES.get(width or 0, 'another model')} (cross-attention width {width})"
+def _family(width: int | None, what: str = "cross-attention") -> str:
+    return f"{_FAMILIES.get(width or 0, 'another model')} ({what} width {width})"
 
 
 def apply(pipeline: Any, adapters: Sequence[Adapter]) -> None:
-    """Loads checked adapters, all active together, each at its scale."""
-    names = [f"adapter_{index}" for index in range(len(adapters))]
-    for name, adapter in zip(names, adapters, strict=True):
-        try:
-            pipeline.load_lora_weights(
-                str(adapter.file.parent), weight_name=adapter.file.name, adapter_name=name
-            )
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{adapter.file} could not be applied: {error}") from None
+    """Loads checked adapters, all active together, each at its scale; the pipeline samples as they
+    were trained."""
+    for adapter in adapters:
+        for file in adapter.embeddings:
+            _load(file, pipeline.load_textual_inversion, token=(_word(file) or ("",))[0])
+    loras = [adapter for adapter in adapters if adapter.file is not None]
+    names = [f"adapter_{index}" for index in range(len(loras))]
+    for name, adapter in zip(names, loras, strict=True):
+        assert adapter.file is not None
+        _load(adapter.file, pipeline.load_lora_weights, adapter_name=name)
     if names:
-        pipeline.set_adapters(names, [adapter.scale for adapter in adapters])
+        pipeline.set_adapters(names, [adapter.scale for adapter in loras])
+    adopt_scheduler(pipeline, trained_with(adapters))
+
+
+def _load(file: Path, load: Any, **how: str) -> None:
+    try:
+        load(str(file.parent), weight_name=file.name, **how)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{file} could not be applied: {error}") from None
+
+
+def trained_with(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What their own scheduler/scheduler_config.json say of how they were trained, where they have
+    one. Raises UserError where they disagree."""
+    found: dict[str, Any] = {}
+    for folder in dict.fromkeys(file.parent for adapter in adapters for file in adapter.files):
+        settings = _scheduler(folder / "scheduler" / "scheduler_config.json")
+        for key, value in settings.items():
+            if found.setdefault(key, value) != value:
+                raise UserError(
+                    f"adapters={folder} was trained with {key}={value}, another of them with "
+                    f"{found[key]}: they cannot be used together"
+                )
+    return found
+
+
+def _scheduler(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        return {key: settings.get(key, default) for key, default in _TRAINED_WITH.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error})") from None
+
+
+def adopt_scheduler(pipeline: Any, wanted: dict[str, Any]) -> None:
+    """Samples as `trained_with` says where the base's scheduler differs."""
+    from train.models import reschedule
+
+    config = pipeline.scheduler.config
+    different = {k: v for k, v in wanted.items() if config.get(k, _TRAINED_WITH[k]) != v}
+    settings = DiffusionConfig(
+        prediction_type=different.get("prediction_type"),
+        zero_terminal_snr=different.get("rescale_betas_zero_snr", False),
+    )
+    pipeline.scheduler = reschedule(pipeline.scheduler, settings)

@@ -2,9 +2,10 @@
 then pruned.
 
 A checkpoint is a folder `step-00000100` with `model.safetensors` (the trainable parameters by
-name), `optimizer.safetensors` (its state by parameter name) and `manifest.json` (step, sizes,
-hashes, scalars). The learning rate, the data position and all randomness are functions of the step
-and need no state.
+name), `optimizer.safetensors` (its state by parameter name), with a moving average
+`averages.safetensors`, and `manifest.json` (step, sizes, hashes, scalars). The learning rate, the
+data position and all randomness are functions of the step and need no state. Beside them
+`best.json` names the step to be kept for its held-out loss.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from train.averaging import Averages
 from train.config import RunFailed
+from train.sharding import fill, is_sharded, like, whole
 
 FORMAT = 1
 _TEMPORARY = ".writing-"
 _FILES = ("model.safetensors", "optimizer.safetensors")
+_BEST = "best.json"
 
 
 class DamagedCheckpoint(RunFailed):
@@ -32,10 +37,13 @@ class DamagedCheckpoint(RunFailed):
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` of them kept."""
+    """The checkpoints of one run: the newest `keep` of them, and the best.
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    writes: whether this process writes them; one of several does.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, writes: bool = True) -> None:
+        self.folder, self.keep, self.writes = folder, keep, writes
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
@@ -46,30 +54,71 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **facts: Any
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        averages: dict[str, Tensor] | None = None,
+        **facts: Any,
     ) -> None:
-        """Writes the state after `step` optimizer steps. Called by one process.
+        """Writes the state after `step` optimizer steps. Called by every process, for where the
+        model is sharded all of them have a part.
 
-        Raises RunFailed, and leaves the older checkpoints, where a parameter is not finite.
+        averages: what `Averages.state` gives. Raises RunFailed, and leaves the older checkpoints,
+        where a parameter is not finite.
         """
+        if not self.writes:
+            if is_sharded(model):
+                _gather_for_another(model, optimizer, averages or {})
+            return
         state = trainable_state(model)
         self._refuse_non_finite(step, state)
+        tensors, scalars = optimizer_state(model, optimizer)
+        files = {"model": state, "optimizer": tensors}
+        if averages:
+            files["averages"] = {name: _on_cpu(tensor) for name, tensor in averages.items()}
+        self._write(step, files, {"optimizer": scalars, **facts})
+        self._prune(step)
+
+    def _write(
+        self, step: int, contents: dict[str, dict[str, Tensor]], facts: dict[str, Any]
+    ) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clean()
         temporary = self.folder / f"{_TEMPORARY}{self.path(step).name}"
         temporary.mkdir()
-        tensors, scalars = optimizer_state(model, optimizer)
-        save_file(state, temporary / "model.safetensors")
-        save_file(tensors, temporary / "optimizer.safetensors")
+        for name, tensors in contents.items():
+            save_file(tensors, temporary / f"{name}.safetensors")
         files = {path.name: _measure(path) for path in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, "step": step, "files": files, "optimizer": scalars, **facts}
+        manifest = {"format": FORMAT, "step": step, "files": files, **facts}
         write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1))
         for path in temporary.iterdir():
             sync(path)
         shutil.rmtree(self.path(step), ignore_errors=True)
         os.replace(temporary, self.path(step))
         sync(self.folder)
-        self._prune()
+
+    def mark_best(self, step: int, metric: str, value: float) -> None:
+        """Keeps the checkpoint of `step`, which is there, as the best by `metric`, until another is
+        better. Called by one process."""
+        temporary = self.folder / f"{_TEMPORARY}{_BEST}"
+        write_synced(temporary, json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
+        os.replace(temporary, self.folder / _BEST)
+        sync(self.folder)
+
+    def best(self) -> dict[str, Any] | None:
+        """{"step", "metric", "value"} of the best checkpoint, if one was marked and is there."""
+        try:
+            found = dict(json.loads((self.folder / _BEST).read_text(encoding="utf-8")))
+            return found if found["step"] in self.steps() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # it costs a choice, not the run
+
+    def _forget_best_after(self, step: int) -> None:
+        """A run that goes on from before its best has not been there yet."""
+        best = self.best()
+        if self.writes and (best is None or best["step"] > step):
+            (self.folder / _BEST).unlink(missing_ok=True)
 
     def _refuse_non_finite(self, step: int, state: dict[str, Tensor]) -> None:
         broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
@@ -85,7 +134,12 @@ class Checkpoints:
         """The manifest of a checkpoint."""
         return dict(json.loads((self.path(step) / "manifest.json").read_text(encoding="utf-8")))
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        averages: Averages | None = None,
+    ) -> int:
         """Loads the newest intact checkpoint; returns its step, 0 if there is none at all.
 
         A damaged one is named and passed over. Raises DamagedCheckpoint if none is intact: a run
@@ -99,7 +153,8 @@ class Checkpoints:
                 damage.append(str(error))
                 print(f"warning: {error}; falling back to the checkpoint before it", flush=True)
                 continue
-            self._load(self.path(step), manifest, model, optimizer)
+            self._load(self.path(step), manifest, model, optimizer, averages)
+            self._forget_best_after(step)
             return step
         if damage:
             raise DamagedCheckpoint(
@@ -108,25 +163,39 @@ class Checkpoints:
             )
         return 0
 
+    def load_weights(self, step: int, model: nn.Module, averages: Averages) -> None:
+        """The weights of a checkpoint and their averages, without what training needs. Raises
+        DamagedCheckpoint."""
+        verify(self.path(step))
+        load_trainable(model, load_file(self.path(step) / "model.safetensors"))
+        averages.load(_beside_the_model(self.path(step)))
+
     def _load(
         self,
         path: Path,
         manifest: dict[str, Any],
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        averages: Averages | None,
     ) -> None:
         load_trainable(model, load_file(path / "model.safetensors"))
         tensors = load_file(path / "optimizer.safetensors")
         load_optimizer(model, optimizer, tensors, manifest["optimizer"])
+        if averages is not None:
+            averages.load(_beside_the_model(path))
 
-    def _prune(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(step))
+    def _prune(self, newest: int) -> None:
+        """Leaves the `keep` up to `newest`; what is newer was damaged, and will be replaced."""
+        best = self.best()
+        until = [step for step in self.steps() if step <= newest]
+        for step in until[: -self.keep]:
+            if best is None or step != best["step"]:
+                shutil.rmtree(self.path(step))
 
     def _clean(self) -> None:
         """Removes what a killed writer left."""
         for path in self.folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -151,26 +220,49 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _beside_the_model(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's averages by parameter name, and the optimizer's tensors as `name/key`."""
+    files = [path / f"{name}.safetensors" for name in ("optimizer", "averages")]
+    return {k: v for file in files if file.exists() for k, v in load_file(file).items()}
+
+
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that train, by name, on the CPU."""
-    return {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    return {name: _on_cpu(parameter) for name, parameter in _trainable(model)}
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return whole(tensor.detach()).cpu().contiguous()
+
+
+def _gather_for_another(
+    model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]
+) -> None:
+    """This process's share in what another writes: tensor by tensor as it reads them."""
+    for _, parameter in _trainable(model):
+        whole(parameter.detach())
+    for _, _, value in _optimizer_entries(model, optimizer):
+        if isinstance(value, Tensor):
+            whole(value)
+    for tensor in averages.values():
+        whole(tensor)
 
 
 @torch.no_grad()
 def load_trainable(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copies saved values into the trainable parameters, whose dtype (fp32) stays."""
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wanted = dict(_trainable(model))
     if wanted.keys() != state.keys():
         odd = sorted(wanted.keys() ^ state.keys())[:3]
         raise DamagedCheckpoint(
             f"the checkpoint holds other parameters than the model: {', '.join(odd)}"
         )
     for name, parameter in wanted.items():
-        parameter.copy_(state[name])
+        fill(parameter, state[name])
 
 
 def optimizer_state(
@@ -178,19 +270,25 @@ def optimizer_state(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Optimizer state by parameter name: tensors as `name/key`, scalars and group settings as
     JSON."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            target = f"{names[parameter]}/{key}"
-            if isinstance(value, Tensor):
-                # A copy: bitsandbytes shares one table between all parameters' states.
-                tensors[target] = value.detach().to("cpu", copy=True).contiguous()
-            else:
-                scalars[target] = value
+    for name, key, value in _optimizer_entries(model, optimizer):
+        if isinstance(value, Tensor):
+            # A copy: bitsandbytes shares one table between all parameters' states.
+            tensors[f"{name}/{key}"] = whole(value.detach()).to("cpu", copy=True).contiguous()
+        else:
+            scalars[f"{name}/{key}"] = value
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     return tensors, {"state": scalars, "groups": groups}
+
+
+def _optimizer_entries(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, str, Any]]:
+    """Name of the parameter, key and value of all its state, in the same order everywhere."""
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            yield name, key, value
 
 
 def load_optimizer(
@@ -199,17 +297,37 @@ def load_optimizer(
     tensors: dict[str, Tensor],
     scalars: dict[str, Any],
 ) -> None:
-    """The inverse of `optimizer_state`. Moments stay in their own dtype and go to the parameter's
-    device."""
+    """The inverse of `optimizer_state`. Moments stay in their own dtype and go where the parameter
+    is."""
+    saved_groups = scalars["groups"]
+    if len(saved_groups) != len(optimizer.param_groups):
+        raise DamagedCheckpoint(
+            f"the checkpoint holds {len(saved_groups)} groups of parameters, the optimizer "
+            f"{len(optimizer.param_groups)}: it was written by another version or with other "
+            "optim.* settings"
+        )
+    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    devices = _step_devices(optimizer)
     parameters = dict(model.named_parameters())
     for target, value in {**tensors, **scalars["state"]}.items():
         name, _, key = target.rpartition("/")
         parameter = parameters[name]
-        if isinstance(value, Tensor) and value.dim() > 0:
-            value = value.to(parameter.device)
+        if isinstance(value, Tensor):
+            on_cpu = key == "step" and devices[parameter].type == "cpu"
+            value = value.cpu() if on_cpu else like(parameter, value)
         optimizer.state[parameter][key] = value
-    for group, saved in zip(optimizer.param_groups, scalars["groups"], strict=True):
-        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+
+
+def _step_devices(optimizer: torch.optim.Optimizer) -> dict[Tensor, torch.device]:
+    """Where torch's optimizers count a parameter's steps: fused ones on its device."""
+    return {
+        parameter: parameter.device
+        if group.get("fused") or group.get("capturable")
+        else torch.device("cpu")
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -6,10 +6,11 @@ imported from here. Nothing here is heavy.
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from train.data_config import CaptionConfig, Colour, Cropping, DataConfig, SourceConfig
 from train.parsing import (
@@ -82,6 +83,13 @@ class PartConfig(Section):
     """Its own weight decay; default optim.weight_decay."""
 
 
+class TokensPartConfig(PartConfig):
+    """What differs for new tokens."""
+
+    weight_decay: float | None = Field(0.0, ge=0)
+    """Their own weight decay; null for optim.weight_decay."""
+
+
 class OptimConfig(Section):
     name: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "schedule_free"] = "adamw"
     """Optimizer: adamw8bit is bitsandbytes' and keeps its moments in 8 bits; adafactor keeps its
@@ -101,12 +109,45 @@ class OptimConfig(Section):
     """What weight decay acts on: matrices and convolutions only, or biases and norms too."""
     text_encoder: PartConfig = PartConfig()
     """The text encoder's own, where it trains."""
-    tokens: PartConfig = PartConfig(weight_decay=0.0)
+    tokens: TokensPartConfig = TokensPartConfig()
     """Textual inversion's new tokens' own."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of Adam's first and second moment."""
     eps: float = Field(1e-8, gt=0)
     """Adam's epsilon."""
+
+    @model_validator(mode="after")
+    def _fits_the_optimizer(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)} must be from 0 to below 1")
+        if self.name == "schedule_free":
+            self._check_schedule_free()
+        if self.name == "prodigy":
+            self._check_prodigy()
+        return self
+
+    def _check_schedule_free(self) -> None:
+        if self.schedule != "constant":
+            raise ValueError(
+                f"optim.schedule={self.schedule}: optim.name=schedule_free averages instead of "
+                "decaying its rate; set optim.schedule=constant"
+            )
+        if self.betas[0] == 0:
+            raise ValueError("optim.betas: optim.name=schedule_free needs a first one above 0")
+
+    def _check_prodigy(self) -> None:
+        if self.learning_rate < 0.1:
+            raise ValueError(
+                f"optim.learning_rate={self.learning_rate:g}: optim.name=prodigy finds the rate "
+                "itself and multiplies it by this; set optim.learning_rate=1"
+            )
+        for part in ("text_encoder", "tokens"):
+            rate = getattr(self, part).learning_rate
+            if rate not in (None, self.learning_rate):
+                raise ValueError(
+                    f"optim.{part}.learning_rate={rate:g}: optim.name=prodigy has one rate for "
+                    "all; leave it out, or choose another optim.name"
+                )
 
 
 class DiffusionConfig(Section):
@@ -292,6 +333,11 @@ class LoopConfig(Section):
                 f"optim.final_learning_rate={self.optim.final_learning_rate} must not exceed "
                 f"optim.learning_rate={self.optim.learning_rate}"
             )
+        if self.train.ema_decay is not None and self.optim.name == "schedule_free":
+            raise ValueError(
+                f"train.ema_decay={self.train.ema_decay}: optim.name=schedule_free averages the "
+                "weights itself; leave it out"
+            )
         return self
 
 
@@ -309,6 +355,22 @@ class RunConfig(LoopConfig):
     def _preview_size(self) -> Self:
         self.preview.resolution = self.preview.resolution or self.data.resolutions[-1] // 8 * 8
         return self
+
+    @model_validator(mode="after")
+    def _classes_are_dreambooths(self) -> Self:
+        for key in ("class_prompt", "class_path"):
+            named = [s for s in self.data.sources if getattr(s, key) is not None]
+            if named and not isinstance(self, DreamBoothRun):
+                raise ValueError(
+                    f"data.sources: {key}={getattr(named[0], key)!r} is for DreamBooth "
+                    "(train/dreambooth.py); leave it out"
+                )
+        return self
+
+    @property
+    def pictures_per_step(self) -> int:
+        """How many of the data's pictures are in an optimizer step: the whole batch."""
+        return self.train.batch_size
 
 
 class LoraRun(RunConfig):
@@ -357,6 +419,68 @@ class DreamBoothRun(RunConfig):
     lora: LoraConfig | None = None
     """Train adapters; null trains every weight of the UNet."""
 
+    @model_validator(mode="after")
+    def _text_encoder_once(self) -> Self:
+        if self.lora is not None and self.dreambooth.text_encoder:
+            raise ValueError(
+                "dreambooth.text_encoder=true trains all of the text encoder, and lora only "
+                "adapters: for adapters on it set lora.text_encoder={} instead, or train in full "
+                "with lora=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _class_halves(self) -> Self:
+        if self.dreambooth.prior == "none":
+            return self
+        if self.train.batch_size % 2:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} counts the subject's and the class's "
+                f"pictures, as many of each: make it even, or set dreambooth.prior=none"
+            )
+        if self.data.streaming:
+            raise ValueError(
+                "data.streaming: class pictures are paired with pictures that are known "
+                "beforehand; set data.streaming=false or dreambooth.prior=none"
+            )
+        paths = {path for _, path in self.classes()}
+        if self.dreambooth.prior == "prediction" and None in paths and len(paths) > 1:
+            raise ValueError(
+                "dreambooth.prior=prediction: give class_path for all of data.sources, or for none"
+            )
+        for source, (prompt, path) in zip(self.data.named_sources(), self.classes(), strict=True):
+            if not (prompt or "").strip():
+                where = f" for the source {source.name!r}" if self.data.sources else ""
+                raise ValueError(
+                    f"dreambooth.class_prompt is missing{where}: say what it is one of, like "
+                    'dreambooth.class_prompt="a photo of a dog"'
+                    + (" (or class_prompt with that source)" if where else "")
+                    + ", or set dreambooth.prior=none"
+                )
+            if self.data.depth and self.dreambooth.prior == "images" and path is None:
+                raise ValueError(
+                    "data.depth: the base cannot make class pictures with depth maps; set "
+                    "dreambooth.prior=prediction, or dreambooth.class_path=FOLDER of pictures with "
+                    "theirs"
+                )
+        return self
+
+    def classes(self) -> list[tuple[str | None, str | None]]:
+        """Class prompt and class pictures of each source. One with a prompt of its own is of
+        another class, so the common pictures are not its."""
+        common = self.dreambooth
+        return [
+            (common.class_prompt, source.class_path or common.class_path)
+            if source.class_prompt is None
+            else (source.class_prompt, source.class_path)
+            for source in self.data.named_sources()
+        ]
+
+    @property
+    def pictures_per_step(self) -> int:
+        """How many of the data's pictures are in an optimizer step: half of it, with a prior."""
+        return self.train.batch_size // (1 if self.dreambooth.prior == "none" else 2)
+
 
 class TokenConfig(Section):
     token: str = Field(min_length=1)
@@ -368,13 +492,47 @@ class TokenConfig(Section):
     source: str | None = None
     """With several data.sources: the name of the one it is learned from; default: all."""
 
+    @field_validator("token")
+    @classmethod
+    def _one_word(cls, value: str) -> str:
+        # In prompts, diffusers finds a word of several embeddings only in lower case.
+        read = unicodedata.normalize("NFC", "".join(value.lower().split()))
+        if value != read:
+            raise ValueError(
+                f"textual_inversion.tokens: token={value!r} must be one word in lower case, as the "
+                f"tokenizer reads it: {read or '<my-word>'}"
+            )
+        return value
+
+    @field_validator("initial")
+    @classmethod
+    def _not_blank(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError(
+                "textual_inversion.tokens: initial is blank; give the word or words that come "
+                "nearest, like `owl`"
+            )
+        return value
+
 
 class TextualInversionConfig(Section):
     tokens: list[TokenConfig] = Field(min_length=1)
     """What is learned."""
     captions: Literal["object", "style", "own"] = "object"
-    """object, style: sentences around the token (Gal et al. 2022); own: the pictures' own captions,
-    which must hold it (data.captions.trigger puts it there)."""
+    """object, style: sentences around the token (Gal et al. 2022), or those of
+    data.captions.templates; own: the pictures' own captions, which must hold it
+    (data.captions.trigger puts it there)."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        words = [token.token for token in self.tokens]
+        for index, word in enumerate(words):
+            if any(word in other for other in words[:index] + words[index + 1 :]):
+                raise ValueError(
+                    f"textual_inversion.tokens: token={word!r} is there twice, or part of another; "
+                    "choose words that do not hold each other, like <a-owl> and <b-owl>"
+                )
+        return self
 
 
 class TextualInversionRun(RunConfig):
@@ -383,3 +541,49 @@ class TextualInversionRun(RunConfig):
     textual_inversion: TextualInversionConfig
     lora: LoraConfig | None = None
     """Pivotal tuning: adapters that train together with the tokens."""
+
+    @model_validator(mode="after")
+    def _captions(self) -> Self:
+        """Puts the sentences of object and style into the data's captions."""
+        data, wanted = self.data, self.textual_inversion
+        names = [source.name for source in data.named_sources()]
+        for token in wanted.tokens:
+            if token.source is not None and token.source not in names:
+                raise ValueError(
+                    f"textual_inversion.tokens: source={token.source!r} is none of data.sources: "
+                    f"{', '.join(map(str, names))}"
+                )
+        if wanted.captions == "own":
+            return self
+        if not data.sources:
+            self.data = data.model_copy(update=self._sentences(data, names[0]))
+            return self
+        sources = [
+            source.model_copy(update=self._sentences(source, name))
+            for source, name in zip(data.sources, names, strict=True)
+        ]
+        self.data = data.model_copy(update={"sources": sources})
+        return self
+
+    def _sentences(self, source: DataConfig | SourceConfig, name: str | None) -> dict[str, Any]:
+        """`caption` and `captions` of one source: sentences around its token."""
+        kind = self.textual_inversion.captions
+        here = [t.token for t in self.textual_inversion.tokens if t.source in (None, name)]
+        if len(here) != 1:
+            raise ValueError(
+                f"textual_inversion.captions={kind}: the pictures of source {name!r} need one "
+                f"token, and have {' and '.join(here) or 'none'}; give each token its `source:`, "
+                "or use captions=own"
+            )
+        captions = source.captions or self.data.captions
+        if captions.replace not in ("", here[0]):
+            raise ValueError(
+                f"data.captions.replace={captions.replace!r}: with textual_inversion.captions="
+                f"{kind} it is the token; leave it out, or use captions=own"
+            )
+        templates = captions.templates if isinstance(captions.templates, list) else []
+        worded = {"replace": here[0], "templates": templates or kind}
+        return {
+            "caption": source.caption or self.data.caption or here[0],
+            "captions": captions.model_copy(update=worded),
+        }

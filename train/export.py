@@ -8,13 +8,15 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train import adapters
 from train.checkpoint import sync
 from train.config import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
-    from train.method import Method
+    from train.method import Method, Pipeline
 
 
 def publish(method: Method, directory: Path, accelerator: Accelerator) -> None:
@@ -33,30 +35,65 @@ def publish(method: Method, directory: Path, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def save_lora(unet: Any, directory: Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors` (fp32) with rank and alpha in its metadata."""
+def save_lora(pipeline: Pipeline, directory: Path) -> None:
+    """Writes the adapters of `adapters.attach`, the UNet's and the text encoder's, as
+    `pytorch_lora_weights.safetensors` (fp32) with their ranks and alphas in its metadata."""
     from diffusers import StableDiffusionPipeline
+
+    contents: dict[str, Any] = {}
+    for part in adapters.PARTS:
+        model = getattr(pipeline, part)
+        if adapters.NAME in getattr(model, "peft_config", {}):
+            contents[f"{part}_lora_layers"] = _lora_layers(model)
+            contents[f"{part}_lora_adapter_metadata"] = _settings(model)
+    StableDiffusionPipeline.save_lora_weights(save_directory=str(directory), **contents)
+    for file in directory.glob("pytorch_lora_weights*.safetensors"):
+        _sort_metadata(file)
+
+
+def _lora_layers(model: Any) -> dict[str, Tensor]:
+    """An adapter's tensors, on the CPU. Raises UserError where one is not finite."""
     from peft.utils import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(unet)
+    state = get_peft_model_state_dict(
+        model, adapter_name=adapters.NAME, save_embedding_layers=False
+    )
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(
             f"the adapter is not finite ({broken[0]} and {len(broken) - 1} more): training "
             "diverged; lower optim.learning_rate"
         )
+    return {_name(name, model): tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def _name(name: str, model: Any) -> str:
+    """What a tensor is called in the file. The text encoder's have the `text_model.` that CLIP's
+    had before transformers 5, which other programs expect, and DoRA's magnitudes their whole name,
+    without which transformers 5 does not find them."""
+    if not hasattr(model, "get_input_embeddings"):
+        return name
+    end = ".weight" if name.endswith("lora_magnitude_vector") else ""
+    return f"text_model.{name.removeprefix('text_model.')}{end}"
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    """An adapter's settings as whoever generates should have them."""
     # diffusers leaves loaded adapters in training mode: a dropout named here would act when
     # generating.
-    settings = unet.peft_config["default"].to_dict() | {"lora_dropout": 0.0, "inference_mode": True}
+    settings = model.peft_config[adapters.NAME].to_dict() | {
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+        "base_model_name_or_path": None,
+    }
     # PEFT keeps names in sets, whose order differs from process to process: the file should not.
-    metadata = {k: sorted(v) if isinstance(v, set | list) else v for k, v in settings.items()}
-    StableDiffusionPipeline.save_lora_weights(
-        save_directory=str(directory),
-        unet_lora_layers={name: tensor.detach().cpu() for name, tensor in state.items()},
-        unet_lora_adapter_metadata=metadata,
-    )
-    for file in directory.glob("*.safetensors"):
-        _sort_metadata(file)
+    return {k: sorted(v) if isinstance(v, set | list) else v for k, v in settings.items()}
+
+
+def save_scheduler(pipeline: Pipeline, directory: Path) -> None:
+    """Writes `scheduler/scheduler_config.json`: an adapter is used with the prediction type and the
+    terminal SNR that it was trained with, whatever its base says."""
+    pipeline.scheduler.save_pretrained(str(directory / "scheduler"))
 
 
 def _sort_metadata(file: Path) -> None:
@@ -72,5 +109,9 @@ def _sort_metadata(file: Path) -> None:
 
 
 def save_pipeline(pipeline: Any, directory: Path) -> None:
-    """Writes the whole pipeline as a diffusers folder."""
+    """Writes the whole pipeline as a diffusers folder; of a depth model with its base's depth
+    estimator."""
+    from train.models import add_depth_estimator
+
     pipeline.save_pretrained(str(directory), safe_serialization=True)
+    add_depth_estimator(pipeline, directory)

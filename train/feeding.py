@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.files import progress
 from train.config import DataConfig, RunConfig
+from train.families import INPAINTING_CHANNELS
 from train.pictures import Pictures
 from train.streams import stream_in
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from data.cache import LatentKeys
     from data.loader import TrainingSet
     from data.store import TensorStore
+    from train.class_pictures import ClassPictures
     from train.method import Pipeline
     from train.validation import HeldOut
 
@@ -61,11 +63,13 @@ def batches(
     accelerator: Accelerator,
     *,
     cache_captions: bool = True,
+    classes: ClassPictures | None = None,
 ) -> StepBatches:
     """Fills the cache with what it lacks, then the batches of the run.
 
     cache_captions: False where the text encoder trains. Batches hold token ids then, as they do
-    where captions change too much from epoch to epoch to be cached.
+    where captions change too much from epoch to epoch to be cached. classes: what DreamBooth trains
+    on beside the pictures.
     """
     from data.loader import TrainingSet
     from data.noising import Noising
@@ -77,15 +81,17 @@ def batches(
     if data.streaming:
         pictures = stream_in(pictures, store, pipeline, data, accelerator)
         accelerator.print(f"streamed {pictures.summary()}")
-    keys = latent_keys(pictures, pipeline, data)
-    _cache_latents(keys, store, pipeline, data, accelerator)
+    everything = pictures if classes is None else classes.joined(pictures)
+    keys = latent_keys(everything, pipeline, data)
+    fill_latents(keys, store, pipeline, data, accelerator)
     if accelerator.is_main_process:
-        report_cut_captions(pictures, pipeline.tokenizer)
+        report_cut_captions(everything, pipeline.tokenizer)
+    order = pictures.order(seed=config.seed, batch_size=config.pictures_per_step)
     training_set = TrainingSet(
-        records=pictures.records,
-        order=pictures.order(seed=config.seed, batch_size=config.train.batch_size),
-        sources=pictures.records.sources,
-        wordings=pictures.wordings,
+        records=everything.records,
+        order=order,
+        sources=everything.records.sources,
+        wordings=everything.wordings,
         store=store,
         latent_keys=keys,
         seed=config.seed,
@@ -93,8 +99,10 @@ def batches(
         noising=Noising.of(config.diffusion, pipeline.scheduler.config.num_train_timesteps),
         flip=data.flip,
         masks=data.masks,
+        random_masks=random_masks(pipeline, data),
         caption_dropout=data.caption_dropout,
-        **_text(pictures, pipeline, store, accelerator, cached=cache_captions),
+        beside=None if classes is None else classes.beside(pictures, order),
+        **_text(everything, pipeline, store, accelerator, cached=cache_captions),
     )
     world = accelerator.num_processes
     return StepBatches(
@@ -104,7 +112,7 @@ def batches(
         world=world,
         micro_batch_size=config.train.micro_batch_size or -(-config.train.batch_size // world),
         workers=data.workers,
-        held_out=held_out(config, pictures, pipeline, accelerator, cache_captions=cache_captions),
+        held_out=held_out(config, pictures, training_set, pipeline, accelerator),
     )
 
 
@@ -123,26 +131,34 @@ def latent_keys(pictures: Pictures, pipeline: Pipeline, data: DataConfig) -> Lat
     )
 
 
-def _cache_latents(
+def random_masks(pipeline: Pipeline, data: DataConfig) -> int:
+    """How many random masks each picture has: none but for the inpainting model."""
+    return data.random_masks if pipeline.unet.config.in_channels == INPAINTING_CHANNELS else 0
+
+
+def fill_latents(
     keys: LatentKeys,
     store: TensorStore,
     pipeline: Pipeline,
     data: DataConfig,
     accelerator: Accelerator,
 ) -> None:
+    """Encodes what the cache lacks of the pictures. A place where all processes meet."""
     from data.cache import cache_latents
+    from data.inpainting import cache_masked
     from train.models import latent_encoder
 
-    cache_latents(
-        keys,
-        store,
-        latent_encoder(pipeline.vae),
-        flip=data.flip,
-        batch_size=data.cache_batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        progress=progress("caching latents", accelerator.is_main_process),
-    )
+    encode, main = latent_encoder(pipeline.vae), accelerator.is_main_process
+    how: dict[str, Any] = {
+        "flip": data.flip,
+        "batch_size": data.cache_batch_size,
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+    }
+    cache_latents(keys, store, encode, progress=progress("caching latents", main), **how)
+    if masks := random_masks(pipeline, data):
+        bar = progress("caching masked pictures", main)
+        cache_masked(keys, store, encode, count=masks, progress=bar, **how)
     accelerator.wait_for_everyone()
     store.refresh()
 
@@ -162,11 +178,11 @@ def _text(
     captions = pictures.captions if cached else None
     if captions is None:
         return {"tokenize": partial(tokenize, pipeline.tokenizer, max_tokens=tokens)}
-    key = _cache_captions(captions, store, pipeline, accelerator, max_tokens=tokens)
+    key = fill_captions(captions, store, pipeline, accelerator, max_tokens=tokens)
     return {"embedding_key": key}
 
 
-def _cache_captions(
+def fill_captions(
     captions: list[str],
     store: TensorStore,
     pipeline: Pipeline,
@@ -174,6 +190,8 @@ def _cache_captions(
     *,
     max_tokens: int,
 ) -> Callable[[str], str]:
+    """Encodes what the cache lacks of the captions, and returns a caption's key there. A place
+    where all processes meet."""
     from data.cache import cache_captions, text_key
     from train.models import caption_encoder, fingerprint, tokenizer_fingerprint
 

@@ -1,4 +1,4 @@
-"""Trains a LoRA on the UNet of a Stable Diffusion 2 model.
+"""Trains a LoRA on the UNet of a Stable Diffusion 2 model and, if asked, on its text encoder.
 
     accelerate launch train/lora.py                  # the embedded toy model and pictures
     accelerate launch train/lora.py --config configs/lora.yaml data.path=my/pictures
@@ -32,7 +32,13 @@ def main(arguments: list[str]) -> None:
     from train.loop import fit
 
     accelerator, pipeline = start(config, planned)
-    batches = feeding.batches(planned.pictures, pipeline, config, accelerator)
+    batches = feeding.batches(
+        planned.pictures,
+        pipeline,
+        config,
+        accelerator,
+        cache_captions=config.lora.text_encoder is None,
+    )
     models.store_in(pipeline, config.train.mixed_precision)
     objective = Objective.of(pipeline.scheduler, config.diffusion)
     method = Lora(pipeline, objective, config.lora, seed=config.seed)
@@ -43,27 +49,31 @@ def main(arguments: list[str]) -> None:
 
 
 class Lora:
-    """Low-rank updates of the UNet's layers (Hu et al. 2021); everything else is frozen."""
+    """Low-rank updates of the layers of the UNet and, with `text_encoder`, of the text encoder (Hu
+    et al. 2021); everything else is frozen."""
 
     def __init__(
         self, pipeline: Pipeline, objective: Objective, config: LoraConfig, *, seed: int
     ) -> None:
         from train.denoiser import Denoiser
 
-        adapters.add(pipeline.unet, config, seed=seed)
+        adapters.attach(pipeline, config, seed=seed)
         self._pipeline = pipeline
         self.model = Denoiser(pipeline.unet, objective, pipeline.text_encoder)
 
     def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
-        return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+        from train import optim
+
+        return optim.groups(adapters.named_parameters(self._pipeline), config)
 
     def pipeline(self) -> Pipeline:
         return self._pipeline
 
     def export(self, directory: Path) -> None:
-        from train.export import save_lora
+        from train import export
 
-        save_lora(self._pipeline.unet, directory)
+        export.save_lora(self._pipeline, directory)
+        export.save_scheduler(self._pipeline, directory)
 
 
 if __name__ == "__main__":

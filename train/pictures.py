@@ -270,11 +270,13 @@ def index_file(config: DataConfig, settings: SourceConfig) -> Path:
     return config.cache / f"index-{name}.arrow"
 
 
-def cache_bytes(pictures: Pictures, *, config: DataConfig) -> int:
+def cache_bytes(pictures: Pictures, *, config: DataConfig, inpainting: bool = False) -> int:
     """Upper bound of the cache's size: fp16 mean and log-variance of 4 channels at an eighth of
-    each side, masks and depth likewise, and SD 2's 1024 numbers for each token of each caption."""
+    each side, masks and depth likewise, for inpainting all of it for each random mask too, and SD
+    2's 1024 numbers for each token of each caption."""
     cells = int(pictures.sizes.astype(np.int64).prod(axis=1).sum()) // 64
-    channels = (2 if config.flip else 1) * 8 + config.masks + config.depth
+    masked = config.random_masks * 9 if inpainting else 0
+    channels = (2 if config.flip else 1) * (8 + masked) + config.masks + config.depth
     random = any(part.settings.crop == "random" for part in pictures.parts)
     latents = cells * channels * 2 * (config.crop_variants if random else 1)
     captions = len(pictures.captions or []) + 1

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.checks import token_counter
 from data.listing import few
-from train import models, pictures, rundir
+from train import demands, models, pictures, rundir, validation_data
 from train.config import RunConfig, UserError
 from train.models import BaseModel
+from train.packages import require_optimizer
 from train.pictures import Pictures
 
 if TYPE_CHECKING:
@@ -32,24 +33,31 @@ class Plan:
     pictures: Pictures
 
 
-def plan(config: RunConfig, *, result: str, trainable_bytes: int | None = None) -> Plan | None:
+def plan(
+    config: RunConfig,
+    *,
+    result: str,
+    trainable_bytes: int | None = None,
+    check: Callable[[Pictures], list[str] | None] = lambda found: None,
+) -> Plan | None:
     """Checks model, pictures, run directory and space, and prints the plan.
 
     result: the folder the run ends in. trainable_bytes: fp32 size of what trains, for the space its
-    checkpoints need; by default all of the base. None where nothing is left to do: a dry run, or a
-    run that is finished. Raises UserError for whatever would stop the run later.
+    checkpoints need; by default all of the base. check: raises UserError for what the method cannot
+    train on, and returns lines to add to the plan, if any. None where nothing is left to do: a dry
+    run, or a run that is finished. Raises UserError for whatever would stop the run later.
     """
-    _check_optimizer(config.optim.name)
+    require_optimizer(config.optim.name)
     _check_output(config)
     base = models.inspect(config.model)
-    if config.data.depth:  # `inspect` lets only UNets of 4 channels pass
-        raise UserError(f"data.depth=true: model.path={base.path} is no depth model; leave it out")
+    demands.check_settings(config, base)
     found = pictures.find(config.data, quarantined=_quarantine(config))
+    demands.check_pictures(base, found)
+    more = check(found) or []
     finished = rundir.check(config, result=result)
-    _check_space(config, found, trainable_bytes or models.fp32_bytes(base))
-    if not finished:
-        _check_held_out(config)
-    _say(_describe(config, base, found))
+    _check_space(config, base, found, trainable_bytes or models.fp32_bytes(base))
+    held_out = [] if finished else _check_held_out(config, found)
+    _say("\n".join([_describe(config, base, found), *held_out, *more]))
     if config.dry_run:
         _say_long_captions(found)
     if finished:
@@ -62,10 +70,13 @@ def plan(config: RunConfig, *, result: str, trainable_bytes: int | None = None) 
     return None if finished or config.dry_run else Plan(base, found)
 
 
-def start(config: RunConfig, planned: Plan) -> tuple[Accelerator, Pipeline]:
+def start(
+    config: RunConfig, planned: Plan, *, dataset: Mapping[str, Any] | None = None
+) -> tuple[Accelerator, Pipeline]:
     """The accelerator and the frozen base; the run directory has its configuration and manifest.
 
-    Raises UserError where a run that is to be resumed had another base or other pictures.
+    dataset: what the manifest says of the pictures besides, or instead. Raises UserError where a
+    run that is to be resumed had another base or other pictures.
     """
     from eval.processes import quieten
     from train.launch import open_accelerator
@@ -75,9 +86,10 @@ def start(config: RunConfig, planned: Plan) -> tuple[Accelerator, Pipeline]:
     pipeline = models.load_base(config, accelerator)
     _say(f"predicts {pipeline.scheduler.config.prediction_type}")
     manifest = {
-        "base": planned.base.__dict__
+        "base": asdict(planned.base)
+        | {"family": planned.base.family.name}
         | {"sha256": {part: models.fingerprint(getattr(pipeline, part)) for part in _HASHED}},
-        "dataset": _dataset(planned.pictures),
+        "dataset": _dataset(planned.pictures) | dict(dataset or {}),
         "processes": accelerator.num_processes,
     }
     rundir.check_unchanged(config.output, manifest)
@@ -107,33 +119,27 @@ def _dataset(found: Pictures) -> dict[str, Any]:
     }
 
 
-def _check_space(config: RunConfig, found: Pictures, trainable_bytes: int) -> None:
+def _check_space(
+    config: RunConfig, base: BaseModel, found: Pictures, trainable_bytes: int
+) -> None:
     if rundir.has_checkpoints(config.output):
         return  # a run that is resumed has taken its space
-    cached = pictures.cache_bytes(found, config=config.data)
+    inpainting = base.family.inpainting
+    cached = pictures.cache_bytes(found, config=config.data, inpainting=inpainting)
     rundir.check_space(config.data.cache, cached, what="cached latents and captions")
     # Parameters and Adam's two moments, the kept checkpoints and the one being written; the result.
     checkpoints = 3 * trainable_bytes * (config.checkpoint.keep + 1) + trainable_bytes
     rundir.check_space(config.output, checkpoints + _SLACK_BYTES, what="checkpoints")
 
 
-def _check_optimizer(name: str) -> None:
-    if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "optim.name=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use "
-            "optim.name=adamw"
-        )
-
-
 def _describe(config: RunConfig, base: BaseModel, found: Pictures) -> str:
     train, optim = config.train, config.optim
-    known = f", {base.prediction_type}" if base.prediction_type else ""
     return "\n".join(
         [
-            f"base     {base.path} ({base.kind}{known})",
+            f"base     {base.path} ({base.kind}): {base}",
             f"data     {found.summary()}",
             *(f"source   {share}" for share in found.shares()),
-            *(f"note     {note}" for note in found.notes),
+            *(f"note     {note}" for note in [*found.notes, *demands.notes(config, base)]),
             f"train    {train.steps} steps of {train.batch_size} images{_epochs(config, found)}, "
             f"{optim.name} at {optim.learning_rate:g} ({optim.schedule}), precision "
             f"{train.mixed_precision}",
@@ -142,14 +148,16 @@ def _describe(config: RunConfig, base: BaseModel, found: Pictures) -> str:
     )
 
 
-def _check_held_out(config: RunConfig) -> None:
-    """What is needed after the training."""
-    held_out = config.evaluation.path
-    if held_out is not None and not held_out.is_dir():
+def _check_held_out(config: RunConfig, found: Pictures) -> list[str]:
+    """What validation and evaluation need; returns lines of the plan on it."""
+    path = config.evaluation.path
+    if path is not None and not path.is_dir():
         raise UserError(
-            f"evaluation.path={held_out} is not a folder: give the held-out pictures, or "
+            f"evaluation.path={path} is not a folder: give the held-out pictures, or "
             "evaluation.path=null"
         )
+    held_out = validation_data.find(config)
+    return [] if held_out is None else validation_data.describe(config, held_out, found)
 
 
 def _check_output(config: RunConfig) -> None:
@@ -176,7 +184,7 @@ def _say_long_captions(found: Pictures) -> None:
 def _epochs(config: RunConfig, found: Pictures) -> str:
     if not len(found.sizes):
         return ""  # of a stream no one knows yet
-    order = found.order(seed=config.seed, batch_size=config.train.batch_size)
+    order = found.order(seed=config.seed, batch_size=config.pictures_per_step)
     return f" ({order.epochs(config.train.steps):.3g} epochs of {order.batches_in(0)} steps)"
 
 

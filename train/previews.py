@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from train.config import PreviewConfig
@@ -67,6 +68,11 @@ class Previews:
 
     def _picture(self, pipeline: Any, k: int) -> Image.Image:
         config = self._config
+        side = config.resolution
+        assert side is not None
+        size: dict[str, Any] = {"width": side, "height": side}
+        if config.images:
+            size = beside(pipeline, config.images[k], side)
         # A generator on the CPU: the same picture on every kind of device.
         generator = torch.Generator("cpu").manual_seed(config.seed + k)
         result = pipeline(
@@ -74,8 +80,7 @@ class Previews:
             num_inference_steps=config.steps,
             guidance_scale=config.guidance,
             generator=generator,
-            width=config.resolution,
-            height=config.resolution,
+            **size,
         )
         return result.images[0]
 
@@ -97,6 +102,34 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             module.training = True
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def beside(pipeline: Any, picture: Path, side: int) -> dict[str, Any]:
+    """What a depth or inpainting pipeline is called with beside a prompt, for pictures of `side` x
+    `side` pixels: the picture and its NAME.depth.png, all of it to be drawn anew, or its
+    NAME.mask.png, to be painted where that is white."""
+    image = square(picture, side, Image.Resampling.LANCZOS, "RGB")
+    if hasattr(pipeline, "prepare_depth_map"):
+        # At the size of the latents already, where diffusers would resize without a filter.
+        depth = square(picture.with_suffix(".depth.png"), side // 8, Image.Resampling.BICUBIC, "F")
+        return {
+            "image": image,
+            "depth_map": torch.from_numpy(np.array(depth))[None],
+            "strength": 1.0,
+        }
+    mask = square(picture.with_suffix(".mask.png"), side, Image.Resampling.BOX, "L")
+    return {"image": image, "mask_image": mask, "width": side, "height": side}
+
+
+def square(file: Path, side: int, resample: Image.Resampling, mode: str) -> Image.Image:
+    """The middle of a picture, upright, at `side` x `side` pixels."""
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+    if mode == "F" and image.mode.startswith("I"):
+        image = Image.fromarray(np.asarray(image, dtype=np.float32))  # 16 bits, all of them
+    elif mode == "F":
+        image = image.convert("L")
+    return ImageOps.fit(image.convert(mode), (side, side), resample)
 
 
 def grid(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:

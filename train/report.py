@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -28,10 +28,18 @@ from eval.report import (
     write_page,
 )
 from eval.scoring import number
+from train import overfitting
+from train.overfitting import Measured, Metric
 from train.tracking import read_metrics
 
 _WAIT_LIMIT = 0.2  # share of the time spent waiting for data, above which a warning stands
 _CLIPPED_LIMIT = 0.5  # share of logged lines above the clip norm, likewise
+_QUARTERS: tuple[tuple[Metric, str, Literal["q1", "q2", "q3", "q4"]], ...] = (
+    ("loss_q1", "least noise", "q1"),
+    ("loss_q2", "second", "q2"),
+    ("loss_q3", "third", "q3"),
+    ("loss_q4", "most noise", "q4"),
+)
 _PROMPTS, _TIMES = 12, 5  # previews shown: prompts, and steps of each, both evenly spread
 
 
@@ -45,6 +53,7 @@ class Run:
     manifest: dict[str, Any]
     dataset: dict[str, Any]
     lines: list[dict[str, Any]]
+    validations: list[Measured]
 
     @classmethod
     def read(cls, folder: Path, dataset: Mapping[str, Any]) -> Run:
@@ -62,6 +71,7 @@ class Run:
                 for line in read_metrics(folder / "metrics.jsonl")
                 if {"step", "loss"} <= line.keys()
             ],
+            overfitting.read(folder / "validation"),
         )
 
     def setting(self, key: str) -> Any:
@@ -79,6 +89,12 @@ class Run:
     @property
     def steps(self) -> list[float]:
         return self.column("step")
+
+    @property
+    def metric(self) -> Metric:
+        """What the best step is lowest in."""
+        chosen = self.setting("validation.metric")
+        return chosen if chosen in overfitting.QUARTERS else "loss"
 
 
 def write(output: Path, *, dataset: Mapping[str, Any] | None = None) -> Path:
@@ -121,7 +137,7 @@ def verdict(run: Run) -> str:
 
 def warnings(run: Run) -> list[str]:
     """What is wrong with the run, as sentences with a remedy."""
-    found = [_diverged(run), _starved(run), _clipped(run)] if run.lines else []
+    found = [_diverged(run), _overfitted(run), _starved(run), _clipped(run)] if run.lines else []
     return [sentence for sentence in found if sentence]
 
 
@@ -180,6 +196,11 @@ def _diverged(run: Run) -> str:
     )
 
 
+def _overfitted(run: Run) -> str:
+    rise = overfitting.risen(run.validations, run.metric)
+    return f"{str(rise)[0].upper()}{str(rise)[1:]}." if rise else ""
+
+
 def _starved(run: Run) -> str:
     _, wait = pace(run)
     if wait <= _WAIT_LIMIT:
@@ -218,6 +239,7 @@ def _curves(run: Run) -> str:
             Curve("smoothed", smooth(loss)),
             from_zero=False,
         ),
+        *_held_out(run),
         chart("Learning rate", "learning rate", Curve("learning rate", run.column("lr"))),
         chart(
             "Gradient norm",
@@ -227,7 +249,54 @@ def _curves(run: Run) -> str:
         ),
         chart("Speed", "images per second", Curve("speed", run.column("images_per_second"))),
     ]
-    return charts("Curves", "One point per logged line.", drawn)
+    return charts("Curves", "One point per logged line, or per validation.", drawn)
+
+
+def _held_out(run: Run) -> list[Chart]:
+    """The held-out loss with its standard error, and how each quarter of the schedule fares."""
+    measured = run.validations
+    if not measured:
+        return []
+    steps = [float(one.step) for one in measured]
+    errors = [overfitting.standard_error(one.held_out.of_pictures("loss")) for one in measured]
+    best = overfitting.lowest(measured, run.metric)
+    mark = (float(best.step), _best_named(best.step)) if best else None
+    first = measured[0]
+    return [
+        Chart(
+            "Held-out loss",
+            "mean over the schedule, ± standard error",
+            "optimizer steps",
+            steps,
+            [
+                Curve("pictures trained on", [one.train.mean("loss") for one in measured], "pale"),
+                Curve("held-out pictures", [one.value("loss") for one in measured], spread=errors),
+            ],
+            from_zero=False,
+            mark=mark,
+        ),
+        Chart(
+            "Held-out loss by quarter of the schedule",
+            f"% of that at step {first.step}",
+            "optimizer steps",
+            steps,
+            [
+                Curve(name, [100 * _ratio(one, first, quarter) for one in measured], look)
+                for quarter, name, look in _QUARTERS
+            ],
+            from_zero=False,
+            mark=mark,
+        ),
+    ]
+
+
+def _ratio(measured: Measured, first: Measured, quarter: Metric) -> float:
+    before = first.value(quarter)
+    return measured.value(quarter) / before if before > 0 else math.nan
+
+
+def _best_named(step: int) -> str:
+    return f"lowest at step {step:,}" if step else "lowest before training"
 
 
 def _previews(run: Run) -> Section:

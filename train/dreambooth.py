@@ -1,0 +1,139 @@
+"""Teaches a Stable Diffusion 2 model a subject, or several, and keeps what they are one of.
+
+    accelerate launch train/dreambooth.py            # the embedded toy model and pictures
+    accelerate launch train/dreambooth.py --config configs/dreambooth.yaml data.path=my/dog \
+        data.caption="a photo of zwx dog" dreambooth.class_prompt="a photo of a dog"
+
+The result is OUTPUT/adapter, which diffusers' `load_lora_weights` reads, or with lora=null
+OUTPUT/full, a complete diffusers folder. The same command resumes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train import adapters, class_pictures
+from train.config import ROOT, DreamBoothRun, LoraConfig, OptimConfig, command, load
+from train.plan import plan, start
+
+if TYPE_CHECKING:
+    from train.diffusion import Objective
+    from train.method import Pipeline
+    from train.prior import FrozenBase
+
+
+def main(arguments: list[str]) -> None:
+    config = load(DreamBoothRun, arguments, default=ROOT / "configs/toy/dreambooth.yaml")
+    result = "adapter" if config.lora else "full"
+    size = adapters.estimated_bytes(config.lora) if config.lora else None
+    classes = class_pictures.Planned(config)
+    planned = plan(config, result=result, trainable_bytes=size, check=classes.check)
+    if planned is None:
+        return
+
+    # Heavy imports wait until the run is known to be possible.
+    from train import export, feeding, models, report
+    from train.diffusion import Objective
+    from train.loop import fit
+
+    pictures = planned.pictures
+    accelerator, pipeline = start(config, planned, dataset=classes.manifest(pictures))
+    beside = classes.complete(pictures, pipeline, accelerator)
+    batches = feeding.batches(
+        pictures,
+        pipeline,
+        config,
+        accelerator,
+        cache_captions=not trains_text_encoder(config),
+        classes=beside,
+    )
+    if config.lora:
+        models.store_in(pipeline, config.train.mixed_precision)
+    objective = Objective.of(pipeline.scheduler, config.diffusion)
+    method = DreamBooth(
+        pipeline,
+        objective,
+        config.lora,
+        text_encoder=config.dreambooth.text_encoder,
+        prior=frozen_base(config, pipeline),
+        seed=config.seed,
+    )
+    fit(method, batches, config, accelerator)
+    if accelerator.is_main_process:
+        report.write(config.output)
+    export.publish(method, config.output / result, accelerator)
+
+
+def trains_text_encoder(config: DreamBoothRun) -> bool:
+    lora = config.lora
+    return lora.text_encoder is not None if lora else config.dreambooth.text_encoder
+
+
+def frozen_base(config: DreamBoothRun, pipeline: Pipeline) -> FrozenBase | None:
+    """What predicts the class's targets, if anything does; to be made before training."""
+    from train import prior
+
+    if config.dreambooth.prior != "prediction":
+        return None
+    if config.lora:
+        return prior.without_adapters(pipeline)
+    return prior.copied(
+        pipeline,
+        text_encoder=config.dreambooth.text_encoder,
+        mixed_precision=config.train.mixed_precision,
+    )
+
+
+class DreamBooth:
+    """A subject's pictures beside those of its class (Ruiz et al. 2023): as a LoRA, or all weights
+    of the UNet and, with `text_encoder`, of the text encoder.
+
+    The loss is the mean over the subject's pictures plus a weight times the mean over the class's
+    (their eq. 2), as the weights of the batches say. Loss weights that depend on the timestep act
+    on both alike.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        objective: Objective,
+        lora: LoraConfig | None,
+        *,
+        text_encoder: bool = False,
+        prior: FrozenBase | None = None,
+        seed: int,
+    ) -> None:
+        from train.denoiser import Denoiser
+
+        if lora is not None:
+            adapters.attach(pipeline, lora, seed=seed)
+        else:
+            pipeline.unet.requires_grad_(True)
+            pipeline.text_encoder.requires_grad_(text_encoder)
+        self._pipeline, self._lora = pipeline, lora
+        self.model = Denoiser(pipeline.unet, objective, pipeline.text_encoder, prior=prior)
+
+    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
+        from train import optim
+
+        if self._lora is not None:
+            return optim.groups(adapters.named_parameters(self._pipeline), config)
+        parts = {name: getattr(self._pipeline, name) for name in ("unet", "text_encoder")}
+        return optim.groups({n: p.named_parameters() for n, p in parts.items()}, config)
+
+    def pipeline(self) -> Pipeline:
+        return self._pipeline
+
+    def export(self, directory: Path) -> None:
+        from train import export
+
+        if self._lora is None:
+            export.save_pipeline(self._pipeline, directory)
+        else:
+            export.save_lora(self._pipeline, directory)
+            export.save_scheduler(self._pipeline, directory)
+
+
+if __name__ == "__main__":
+    command(main)

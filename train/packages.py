@@ -1,0 +1,23 @@
+"""Packages that only some settings need. Nothing here is heavy."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from train.config import UserError
+
+# optim.name -> the module it needs, and what installs that.
+_OPTIMIZERS = {
+    "adamw8bit": ("bitsandbytes", "bitsandbytes"),
+    "prodigy": ("prodigyopt", "'sd-atelier[optimizers]'"),
+    "schedule_free": ("schedulefree", "'sd-atelier[optimizers]'"),
+}
+
+
+def require_optimizer(name: str) -> None:
+    """Raises UserError where the package of optim.name=`name` is not installed."""
+    module, installs = _OPTIMIZERS.get(name, (None, None))
+    if module is not None and importlib.util.find_spec(module) is None:
+        raise UserError(
+            f"optim.name={name} needs {module}: pip install {installs}, or use optim.name=adamw"
+        )
