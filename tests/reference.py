@@ -32,11 +32,8 @@ def losses(
 ) -> Tensor:
     """Each sample's mean squared error of v, (B,); of those that the batch marks as prior, from
     what `prior` predicts."""
-    latents, noise, timesteps = (
-        batch["latents"].double(),
-        batch["noise"].double(),
-        batch["timestep"],
-    )
+    latents, noise = batch["latents"].double(), batch["noise"].double()
+    timesteps = batch["timestep"]
     a = ALPHA_BAR[timesteps].sqrt()[:, None, None, None]
     s = (1 - ALPHA_BAR[timesteps]).sqrt()[:, None, None, None]
     noisy, target = a * latents + s * noise, a * noise - s * latents

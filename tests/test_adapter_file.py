@@ -19,9 +19,9 @@ def pipeline():
 def adapter(tmp_path_factory):
     """An adapter of every kind of layer."""
     folder = tmp_path_factory.mktemp("adapter")
-    unet = tiny_pipeline().unet
-    adapters.add(unet, LoraConfig(rank=2, targets=list(adapters.TARGETS)), seed=0)
-    export.save_lora(unet, folder)
+    pipeline = tiny_pipeline()
+    adapters.attach(pipeline, LoraConfig(rank=2, targets=list(adapters.TARGETS)), seed=0)
+    export.save_lora(pipeline, folder)
     return folder
 
 

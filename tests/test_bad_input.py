@@ -76,8 +76,8 @@ def test_a_missing_model_part_is_named(world, tmp_path):
 
 
 def test_another_family_is_named(world, tmp_path):
-    base = _copy_with_unet(world, tmp_path, cross_attention_dim=768, use_linear_projection=False)
-    assert "Stable Diffusion 1" in complaint(world, tmp_path, f"model.path={base}")
+    base = _copy_with_unet(world, tmp_path, addition_embed_type="text_time")
+    assert "is Stable Diffusion XL" in complaint(world, tmp_path, f"model.path={base}")
 
 
 def _copy_with_unet(world, tmp_path, **changes):

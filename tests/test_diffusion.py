@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from train.config import DiffusionConfig, UserError
+from train.config import DiffusionConfig
 from train.diffusion import Objective
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -188,10 +188,11 @@ def test_min_snr_at_zero_terminal_snr_is_its_limit(prediction_type, last):
     assert float(ours.weight(TIMESTEPS)[-1]) == last
 
 
-def test_zero_terminal_snr_is_no_matter_for_an_epsilon_model():
-    schedule = scheduler("epsilon", zero_terminal=True)
-    with pytest.raises(UserError, match=r"diffusion\.zero_terminal_snr=true.*predicts epsilon"):
-        Objective.of(schedule, DiffusionConfig(zero_terminal_snr=True))
+def test_a_schedule_that_the_override_has_not_reached_is_noticed():
+    wanted = DiffusionConfig(zero_terminal_snr=True)
+    Objective.of(scheduler(zero_terminal=True), wanted)
+    with pytest.raises(AssertionError):
+        Objective.of(scheduler(), wanted)
 
 
 def test_without_a_weighting_every_sample_counts_the_same():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from eval.generation import to_uint8
 from tests.runs import arguments, finish, launch, make_world
+from tests.tiny import tiny_pipeline
 from train import class_pictures, dreambooth, feeding, models, pictures
 from train.config import DreamBoothRun, LoraRun, UserError, load
 from train.diffusion import Objective
@@ -48,6 +49,13 @@ def run(world: Path, output: Path, *overrides: str) -> Path:
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
     return run(world, tmp_path_factory.mktemp("runs") / "run", "preview.every=3")
+
+
+@pytest.fixture(scope="module")
+def inpainting(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inpainting")
+    tiny_pipeline(family="sd2-inpainting").save_pretrained(folder)
+    return f"model.path={folder}"
 
 
 def adapter(output: Path) -> dict[str, torch.Tensor]:
@@ -447,6 +455,13 @@ def test_other_class_pictures_are_another_run(world, tmp_path):
         run(world, tmp_path / "run", given, "train.steps=2")
 
 
+def test_an_inpainting_base_predicts_for_the_same_mask(world, tmp_path, inpainting):
+    config, pipeline, batches = prepared(world, tmp_path, *PREDICTION, inpainting)
+    batch = batches.training_set.gather(0, rank=0, world=1)
+    found = method_of(config, pipeline).model(batch)
+    assert found[2:].max() < 1e-8 and found[:2].min() > 1e-3
+
+
 # What is refused, before anything heavy
 
 
@@ -465,6 +480,7 @@ def no_weights(monkeypatch):
         (("dreambooth.text_encoder=true",), r"lora\.text_encoder"),
         (("dreambooth.class_images=2",), r"a circle: 2 class pictures .* 3 buckets"),
         (("dreambooth.class_path=no/such/folder",), r"dreambooth\.class_path=no/such/folder"),
+        (("lora.blocks={up_blocks.9: 0}",), r"lora\.blocks: 'up_blocks\.9'"),
         (("data.streaming=true",), r"data\.streaming: class pictures"),
         (("data.depth=true",), r"data\.depth: .*prior=prediction"),
     ],
@@ -475,6 +491,13 @@ def test_what_cannot_be_done_is_named_before_weights_are_loaded(
     with pytest.raises(UserError, match=said):
         run(world, tmp_path / "run", *overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_needs_more_than_words_makes_no_class_pictures(
+    world, tmp_path, no_weights, inpainting
+):
+    with pytest.raises(UserError, match=r"SD 2 inpainting .* from words alone.*prior=prediction"):
+        run(world, tmp_path / "run", inpainting)
 
 
 def test_a_concept_without_a_class_prompt_is_named(world, tmp_path, no_weights):

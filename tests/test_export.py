@@ -9,20 +9,24 @@ from safetensors.torch import load_file
 
 from tests.tiny import tiny_pipeline
 from train import adapters, export
-from train.config import LoraConfig, UserError
+from train.config import LoraConfig, TextLoraConfig, UserError
 from train.previews import at_rest
 
 ALL = ["attention", "proj", "feed_forward", "convolution"]
+TEXT = TextLoraConfig(rank=3, alpha=5.0, targets=["attention", "feed_forward"])
 
 
 def trained(config: LoraConfig):
-    """A pipeline in training whose adapter has no zeros left in it."""
+    """A pipeline in training whose adapters have no zeros left in them."""
     pipeline = tiny_pipeline()
-    adapters.add(pipeline.unet, config, seed=0)
+    adapters.attach(pipeline, config, seed=0)
     torch.manual_seed(1)
-    for parameter in pipeline.unet.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
+    for part in adapters.named_parameters(pipeline).values():
+        for name, parameter in part:
+            if "magnitude" in name:
+                parameter.data *= 1 + 0.5 * torch.rand_like(parameter)
+            else:
+                torch.nn.init.normal_(parameter, std=0.2)
     return pipeline
 
 
@@ -37,17 +41,34 @@ def picture(pipeline) -> np.ndarray:
     ).images
 
 
-@pytest.mark.parametrize("alpha", [4.0, 10.0])
-def test_an_untouched_pipeline_makes_the_same_pixels_with_the_adapter(tmp_path, alpha):
-    pipeline = trained(LoraConfig(rank=4, alpha=alpha, targets=ALL))
-    export.save_lora(pipeline.unet, tmp_path)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(rank=4, alpha=10.0, targets=ALL),
+        LoraConfig(rank=4, alpha=6.0, blocks={"*": 2, "mid_block": 0, "up_blocks.1": 3}),
+        LoraConfig(rank=4, text_encoder=TEXT),
+        LoraConfig(rank=4, targets=ALL, dora=True, text_encoder=TEXT),
+        LoraConfig(rank=4, targets=ALL, rank_stabilised=True, blocks={"up_blocks": 2}),
+    ],
+    ids=["plain", "blocks", "text encoder", "dora", "rank-stabilised"],
+)
+def test_an_untouched_pipeline_makes_the_same_pixels_with_the_adapter(tmp_path, config):
+    pipeline = trained(config)
+    export.save_lora(pipeline, tmp_path)
     other = tiny_pipeline()
     before = picture(other)
     other.load_lora_weights(str(tmp_path))
-    with at_rest(pipeline.unet):
+    with at_rest(pipeline.unet), at_rest(pipeline.text_encoder):
         expected = picture(pipeline)
     assert np.array_equal(picture(other), expected)
     assert not np.array_equal(before, expected)
+    for part in ("unet", "text_encoder"):
+        assert ranks(getattr(other, part)) == ranks(getattr(pipeline, part))
+
+
+def ranks(model) -> dict[str, int]:
+    """By layer, of its one adapter."""
+    return {n: min(m.r.values()) for n, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
 def test_a_preview_leaves_training_as_it_was():
@@ -63,20 +84,39 @@ def test_a_preview_leaves_training_as_it_was():
 
 
 def test_the_file_is_fp32_with_rank_and_alpha_in_its_metadata(tmp_path):
-    pipeline = trained(LoraConfig(rank=2, alpha=6.0))
-    export.save_lora(pipeline.unet, tmp_path)
+    pipeline = trained(LoraConfig(rank=2, alpha=6.0, text_encoder=TEXT))
+    export.save_lora(pipeline, tmp_path)
     file = tmp_path / "pytorch_lora_weights.safetensors"
     assert {t.dtype for t in load_file(file).values()} == {torch.float32}
     with safe_open(file, "pt") as opened:
         settings = json.loads(opened.metadata()["lora_adapter_metadata"])
     assert (settings["unet.r"], settings["unet.lora_alpha"]) == (2, 6.0)
+    assert (settings["text_encoder.r"], settings["text_encoder.lora_alpha"]) == (3, 5.0)
+    assert not [value for value in settings.values() if "/" in str(value)]  # no one's folders
+
+
+def test_the_scheduler_beside_an_adapter_says_how_it_was_trained(tmp_path):
+    from diffusers import DDIMScheduler
+
+    from train.config import DiffusionConfig
+    from train.models import reschedule
+
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = reschedule(pipeline.scheduler, DiffusionConfig(zero_terminal_snr=True))
+    export.save_scheduler(pipeline, tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")] == [
+        "scheduler/scheduler_config.json"
+    ]
+    config = DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler").config
+    assert config.prediction_type == "v_prediction" and config.rescale_betas_zero_snr
+    assert config.timestep_spacing == "trailing"
 
 
 def test_an_adapter_that_is_not_finite_is_never_written(tmp_path):
     pipeline = trained(LoraConfig())
     next(p for p in pipeline.unet.parameters() if p.requires_grad).data[0, 0] = float("nan")
     with pytest.raises(UserError, match="not finite.*learning_rate"):
-        export.save_lora(pipeline.unet, tmp_path / "adapter")
+        export.save_lora(pipeline, tmp_path / "adapter")
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -124,7 +164,7 @@ def test_only_the_main_process_publishes(tmp_path):
 
 def test_the_order_of_the_metadata_is_the_same_in_every_process(tmp_path):
     method = trained(LoraConfig(rank=2))
-    export.save_lora(method.unet, tmp_path)
+    export.save_lora(method, tmp_path)
     (file,) = tmp_path.iterdir()
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")

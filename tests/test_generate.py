@@ -28,12 +28,13 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    unet = tiny_pipeline().unet
-    adapters.add(unet, LoraConfig(rank=2), seed=0)
-    for parameter in unet.parameters():
+    pipeline = tiny_pipeline()
+    adapters.attach(pipeline, LoraConfig(rank=2), seed=0)
+    torch.manual_seed(1)
+    for parameter in pipeline.unet.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.5)
-    export.save_lora(unet, folder)
+    export.save_lora(pipeline, folder)
     return folder
 
 

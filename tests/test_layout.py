@@ -105,6 +105,7 @@ BELOW_THE_LOOP = (
     "meter",
     "method",
     "optim",
+    "overfitting",
     "packages",
     "previews",
     "sharding",

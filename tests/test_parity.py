@@ -28,7 +28,7 @@ from train import loop
 
 # eps is so large that a step is in proportion to its gradient, and clip_norm below the norms that
 # occur: a loss of the wrong size shows as well as one of the wrong direction.
-RATE, TEXT_RATE, TOKEN_RATE, DECAY, EPS, CLIP, STEPS = 1e-2, 3e-3, 2e-2, 0.1, 1e-3, 0.02, 4
+RATE, TEXT_RATE, TOKEN_RATE, DECAY, EPS, CLIP, STEPS = 1e-2, 3e-3, 2e-2, 0.1, 1e-3, 0.01, 4
 SETTINGS = [
     f"train.steps={STEPS}",
     "train.batch_size=8",
@@ -85,7 +85,8 @@ def with_class(base: Base, weights: Weights, batch: Batch) -> torch.Tensor:
 
 def with_prior(base: Base, weights: Weights, batch: Batch) -> torch.Tensor:
     """As above, the class's target being what the base predicts for the same text."""
-    assert batch["prior"].tolist() == sorted(batch["prior"].tolist())
+    half = len(batch["prior"]) // 2
+    assert batch["prior"].tolist() == [False] * half + [True] * half
     text = None
     if "input_ids" in batch:
         text = reference.encoded(base.text, {}, batch["input_ids"])
@@ -240,26 +241,28 @@ def rate_and_decay(name: str, weight: torch.Tensor) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_is_the_reference(reference_run, name):
-    """In one process, which accumulates over four micro-batches."""
+    """In one process, with four micro-batches to a batch of eight."""
     output, start, weights, history = reference_run(name)
     assert min(norm for _, norm in history) > CLIP
     assert_as_expected(output, start, weights, history)
 
 
-LAYOUTS = [(1, 8), (2, 4), (2, 1)]
-"""Processes and micro-batch size: without accumulation, and each process with 1 and 4."""
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_without_accumulation_is_the_reference(reference_run, world, tmp_path, name):
+    _, *expected = reference_run(name)
+    recorded(METHODS[name].entry, settings(METHODS[name], world, tmp_path / "run", 8))
+    assert_as_expected(tmp_path / "run", *expected)
 
 
-@pytest.mark.parametrize(("processes", "micro_batch_size"), LAYOUTS)
-@pytest.mark.parametrize(
-    "name",
-    ["lora", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "lora")],
-)
-def test_any_cut_of_the_batch_is_the_reference(
-    reference_run, world, tmp_path, name, processes, micro_batch_size
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch_size", [4, 1])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_in_two_processes_is_the_reference(
+    reference_run, world, tmp_path, name, micro_batch_size
 ):
-    """Also where the batch of three leaves one of two processes a sample short."""
+    """Without accumulation and with four micro-batches each, also where a batch of three leaves
+    one of them a sample short."""
     _, *expected = reference_run(name)
     args = settings(METHODS[name], world, tmp_path / "run", micro_batch_size)
-    finish(launch(f"train/{METHODS[name].entry}.py", *args, processes=processes))
+    finish(launch(f"train/{METHODS[name].entry}.py", *args, processes=2))
     assert_as_expected(tmp_path / "run", *expected)

@@ -203,6 +203,7 @@ def test_gradient_checkpointing_changes_nothing(world, run, tmp_path):
     torch.testing.assert_close(embeds(output), embeds(run), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_the_same_rows(world, tmp_path):
     args = (*COMPARABLE, *LORA, "preview.every=0")
     one = train(world, tmp_path / "one", *args)
@@ -300,10 +301,18 @@ def test_a_token_of_the_base_is_refused_before_weights_are_loaded(world, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_own_captions_without_the_token_are_refused_before_weights_are_loaded(
+def test_adapters_that_the_base_cannot_have_are_refused_before_weights_are_loaded(
     world, tmp_path, unloaded
+):
+    with pytest.raises(UserError, match="lora.blocks"):
+        train(world, tmp_path / "run", *LORA, "lora.blocks={nowhere.*: 2}")
+
+
+def test_own_captions_without_the_token_are_refused_before_weights_are_loaded(
+    world, tmp_path, unloaded, capsys
 ):
     own = "textual_inversion.captions=own"
     with pytest.raises(UserError, match="no caption holds <owl>"):
         train(world, tmp_path / "run", own)
     train(world, tmp_path / "run", own, "data.captions.trigger=<owl>", "dry_run=true")
+    assert "learns   <owl> from 'owl', with 3 vectors" in capsys.readouterr().out

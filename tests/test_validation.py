@@ -16,6 +16,7 @@ from torch import nn
 from data import toy
 from data.noising import Noising
 from tests.runs import arguments, finish, launch, make_world
+from tests.tiny import tiny_pipeline
 from train import full, lora, pictures, report, validation_data
 from train.config import FullRun, LoraRun, UserError, ValidationConfig, load
 from train.overfitting import Measured, Side, lowest, read, risen, standard_error
@@ -161,6 +162,25 @@ def test_masks_and_captions_of_several_lengths_share_no_batch_they_cannot(world,
     assert len(batches) == len(held_out)
     rows = torch.cat([batch["row"] for batch in batches])
     assert sorted(rows.tolist()) == list(range(2 * 5 * 4))
+
+
+@pytest.mark.parametrize("family", ["sd2-depth", "sd2-inpainting"])
+def test_what_such_a_base_sees_beside_the_latents_is_there_for_held_out_pictures_too(
+    world, tmp_path, family
+):
+    tiny_pipeline(family=family).save_pretrained(tmp_path / "base")
+    for name in ("pictures", "held-out"):
+        (tmp_path / name).mkdir()
+        for file in (world / name).iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+            if file.suffix == ".png":
+                grey = Image.linear_gradient("L").resize(Image.open(file).size)
+                grey.save((tmp_path / name / file.name).with_suffix(".depth.png"))
+    where = f"validation.path={tmp_path / 'held-out'}"
+    depth = f"data.depth={str(family == 'sd2-depth').lower()}"
+    cache = f"data.cache={tmp_path / 'cache'}"
+    lora.main(validated(tmp_path, tmp_path / "run", where, depth, cache, "train.steps=2"))
+    assert all(math.isfinite(line["validation/loss"]) for line in lines(tmp_path / "run"))
 
 
 def test_every_process_has_as_many_batches_and_every_row_once(world, tmp_path):
@@ -442,6 +462,17 @@ def test_what_was_measured_on_other_pictures_is_no_measure(tmp_path):
     assert resumed.due(2, 9) and course(resumed, other, {4: 5.0})[4].best
 
 
+def test_a_run_that_starts_anew_drops_what_was_said_of_its_base(tmp_path):
+    from train.tracking import MetricsFile
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "validation/loss": 1.0}\n{"step": 1, "loss": 1.0}\n')
+    MetricsFile(path, start=1).finish()
+    assert len(path.read_text().splitlines()) == 2
+    MetricsFile(path, start=0).finish()
+    assert path.read_text() == ""
+
+
 # The report
 
 
@@ -454,7 +485,7 @@ def test_the_report_shows_the_course_the_best_step_and_the_warning(tmp_path):
     page = report.write(tmp_path).read_text(encoding="utf-8")
     assert "The held-out loss has risen since step 20 at 2 validations in a row" in page
     assert "Held-out loss, mean over the schedule, ± standard error, over optimizer steps" in page
-    assert page.count("lowest at step 20") == 2 and "most noise" in page
+    assert page.count("best: step 20") == 2 and "most noise" in page
     assert page.index("Loss, mean squared") < page.index("Held-out loss,") < page.index("Speed,")
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
-from train.config import LoraConfig, TextLoraConfig, UserError
+from train import base_layers, start_from
+from train.adapter_file import Shapes, pipeline_shapes
+from train.config import LoraConfig, ModelConfig, TextLoraConfig, UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,13 +36,17 @@ def attach(pipeline: Pipeline, config: LoraConfig, *, seed: int) -> None:
     """Freezes the UNet and the text encoder and adds the adapters that `config` asks for, in fp32.
 
     To be called once the frozen weights have the precision they stay in. Their first values are a
-    function of `seed` and the layer's name, and change nothing. Raises UserError for targets or
-    blocks that the UNet does not have.
+    function of `seed` and the layer's name, and change nothing; or those of `start_from`. Raises
+    UserError for targets or blocks that the UNet does not have, and a `start_from` that does not
+    fit.
     """
+    base = pipeline_shapes(pipeline)
     pipeline.text_encoder.requires_grad_(False)
     add(pipeline.unet, config, seed=seed)
     if config.text_encoder is not None:
         add_text(pipeline.text_encoder, config.text_encoder, config, seed=seed)
+    if config.start_from is not None:
+        _go_on_from(pipeline, config, base)
 
 
 def add(unet: Any, config: LoraConfig, *, seed: int) -> None:
@@ -50,9 +57,14 @@ def add(unet: Any, config: LoraConfig, *, seed: int) -> None:
 def add_text(text_encoder: Any, config: TextLoraConfig, common: LoraConfig, *, seed: int) -> None:
     """The text encoder's part of `attach`: rank, alpha and targets are its own; dropout, DoRA and
     rank-stabilising are `common`."""
-    own = common.model_copy(update={"rank": config.rank, "alpha": config.alpha, "blocks": {}})
     names = [name for name, _ in text_encoder.named_modules()]
+    own = _of_text(config, common)
     _add(text_encoder, "text_encoder", text_ranks(names, config), own, seed=seed)
+
+
+def _of_text(config: TextLoraConfig, common: LoraConfig) -> LoraConfig:
+    own = {"rank": config.rank, "alpha": config.alpha, "blocks": {}}
+    return common.model_copy(update=own)
 
 
 def named_parameters(pipeline: Pipeline) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -84,19 +96,25 @@ def ranks(modules: list[str], config: LoraConfig) -> dict[str, int]:
 
     Raises UserError where no layer is targeted, a pattern fits none, or all ranks are 0.
     """
-    found = dict.fromkeys(_targeted(modules, TARGETS, config.targets), config.rank)
-    if not found:
+    targeted = _targeted(modules, TARGETS, config.targets)
+    if not targeted:
         raise UserError(f"lora.targets={config.targets} match no layer of this UNet")
-    for pattern, rank in config.blocks.items():
-        fitting = [name for name in found if fits(pattern, name)]
-        if not fitting:
+    for pattern in config.blocks:
+        if not any(fits(pattern, name) for name in targeted):
             raise UserError(
                 f"lora.blocks: {pattern!r} fits no layer of lora.targets={config.targets}; this "
-                f"UNet has them in {', '.join(blocks_of(found))}"
+                f"UNet has them in {', '.join(_blocks_of(targeted))}"
             )
-        found.update(dict.fromkeys(fitting, rank))
-    if not any(found.values()):
-        raise UserError("lora.blocks: every layer has rank 0, so nothing would train")
+    found = _ranks(modules, config)
+    if not found:
+        raise UserError("lora.blocks leaves out every layer, so nothing would train")
+    return found
+
+
+def _ranks(modules: list[str], config: LoraConfig) -> dict[str, int]:
+    found = dict.fromkeys(_targeted(modules, TARGETS, config.targets), config.rank)
+    for pattern, rank in config.blocks.items():
+        found.update({name: rank for name in found if fits(pattern, name)})
     return {name: rank for name, rank in found.items() if rank}
 
 
@@ -122,11 +140,10 @@ def fits(pattern: str, module: str) -> bool:
     return fnmatchcase(module, pattern) or fnmatchcase(module, f"{pattern}.*")
 
 
-def blocks_of(modules: Mapping[str, int]) -> list[str]:
+def _blocks_of(modules: list[str]) -> list[str]:
     """The UNet's blocks that modules lie in, like `down_blocks.0`."""
-    return list(
-        dict.fromkeys(".".join(m.split(".")[: 1 if m.startswith("mid") else 2]) for m in modules)
-    )
+    parts = (name.split(".") for name in modules)
+    return sorted({".".join(p[: 1 if p[0] == "mid_block" else 2]) for p in parts})
 
 
 def alpha_of(rank: int, config: LoraConfig) -> float:
@@ -196,14 +213,78 @@ def _start(layer: Any, seed: int, part: str, name: str) -> None:
         )
 
 
-_BYTES_PER_RANK = {  # on SD 2.1, fp32
-    "attention": 830_000,
-    "proj": 200_000,
-    "feed_forward": 700_000,
-    "convolution": 2_100_000,
-}
+def check(config: LoraConfig, model: ModelConfig) -> None:
+    """Raises UserError for blocks or targets that the base does not have, and for a `start_from`
+    that does not fit: before any weights are loaded, as far as the base's configuration tells."""
+    file = start_from.find(config.start_from) if config.start_from else None
+    base = base_layers.of_base(model)
+    if base is None:
+        return
+    wanted = ranks(list(base["unet"]), config)
+    expected = {start_from.spelled(f"unet.{n}"): _expected(r, config) for n, r in wanted.items()}
+    if config.text_encoder is not None:
+        own = _of_text(config.text_encoder, config)
+        names = text_ranks(list(base["text_encoder"]), config.text_encoder)
+        expected |= {
+            start_from.spelled(f"text_encoder.{n}"): _expected(r, own) for n, r in names.items()
+        }
+    if file is not None:
+        shapes = {
+            start_from.spelled(f"{part}.{name}"): shape
+            for part, layers in base.items()
+            for name, shape in layers.items()
+        }
+        start_from.check(file, expected, shapes)
+
+
+def _expected(rank: int, config: LoraConfig) -> start_from.Layer:
+    divisor = sqrt(rank) if config.rank_stabilised else rank
+    return start_from.Layer(rank, alpha_of(rank, config) / divisor, config.dora)
+
+
+def _go_on_from(pipeline: Pipeline, config: LoraConfig, base: Shapes) -> None:
+    """The values of `start_from` in place of the first ones."""
+    assert config.start_from is not None
+    file = start_from.find(config.start_from)
+    adapted = {
+        start_from.spelled(f"{part}.{name}"): layer
+        for part in PARTS
+        for name, layer in _layers(getattr(pipeline, part)).items()
+    }
+    expected = {
+        name: start_from.Layer(layer.r[NAME], layer.scaling[NAME], config.dora)
+        for name, layer in adapted.items()
+    }
+    start_from.check(file, expected, base)
+    start_from.load(
+        file,
+        {
+            f"{name}/{kind}": module[NAME].weight
+            for name, layer in adapted.items()
+            for kind, module in (
+                ("A", layer.lora_A),
+                ("B", layer.lora_B),
+                ("magnitude_vector", layer.lora_magnitude_vector),
+            )
+            if NAME in module
+        },
+    )
 
 
 def estimated_bytes(config: LoraConfig) -> int:
-    """Upper estimate of the adapter's fp32 size on SD 2.1, for the disk preflight."""
-    return config.rank * sum(_BYTES_PER_RANK[target] for target in config.targets) + 2**20
+    """Upper estimate of the adapters' fp32 size, which is exact for SD 2.1, for the disk
+    preflight."""
+    layers = base_layers.unet_layers(base_layers.SD21_UNET)
+    size = _numbers(layers, _ranks(list(layers), config), config.dora)
+    if config.text_encoder is not None:
+        layers = base_layers.text_layers(base_layers.SD21_TEXT_ENCODER)
+        size += _numbers(layers, text_ranks(list(layers), config.text_encoder), config.dora)
+    return 4 * size + 2**20
+
+
+def _numbers(layers: base_layers.Layers, by_layer: Mapping[str, int], dora: bool) -> int:
+    """How many numbers adapters hold on layers (outputs, inputs, ...)."""
+    return sum(
+        rank * (layers[name][0] + prod(layers[name][1:])) + dora * layers[name][0]
+        for name, rank in by_layer.items()
+    )

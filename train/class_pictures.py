@@ -142,7 +142,9 @@ class Planned:
 
     def check(self, pictures: Pictures) -> list[str]:
         """Lines for the plan. Raises UserError where the classes cannot go with these pictures."""
-        return [f"class    {one.prompt}: {self._checked(one, pictures)}" for one in self.classes]
+        lines = [f"class    {one.prompt}: {self._checked(one, pictures)}" for one in self.classes]
+        given = [one.part.source for one in self.classes if one.part is not None]
+        return [*lines, *(f"note     {note}" for source in given for note in source.notes)]
 
     def _checked(self, one: Class, pictures: Pictures) -> str:
         if self.own:

@@ -227,7 +227,7 @@ class LoraConfig(Section):
     blocks: dict[str, int] = {}
     """Rank by UNet block, as patterns like `up_blocks.*`, `down_blocks.1.attentions.0` or `*`: of
     those that fit a layer the last counts, 0 leaves it out. The scale stays alpha / rank of the
-    two keys above."""
+    two keys above; rank-stabilised it is alpha / sqrt of the layer's own rank."""
     dora: bool = False
     """Train magnitude and direction apart (DoRA, Liu et al. 2024)."""
     rank_stabilised: bool = False
@@ -236,6 +236,14 @@ class LoraConfig(Section):
     """Adapters on the text encoder too; null for none."""
     start_from: str | None = None
     """An adapter (folder or .safetensors file) to go on from, of the same rank and targets."""
+
+    @field_validator("blocks")
+    @classmethod
+    def _ranks(cls, value: dict[str, int]) -> dict[str, int]:
+        for pattern, rank in value.items():
+            if rank < 0:
+                raise ValueError(f"lora.blocks: {pattern}={rank} must be a rank, or 0 to leave out")
+        return value
 
 
 class CheckpointConfig(Section):

@@ -1,16 +1,12 @@
-"""What a base of some family asks of a run's settings and pictures, checked before any weights are
-loaded."""
+"""What a base of some family asks of a run's settings, checked before any weights are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from data.listing import first
 from train.config import PreviewConfig, RunConfig, UserError
 from train.families import BaseModel
 from train.models import check_zero_snr
-from train.pictures import Pictures
 
 _FAR = 1.25  # times the resolution that a base was trained at: from 512 to 768 is 1.5
 
@@ -88,28 +84,6 @@ def _is_flat(file: Path) -> bool:
     with Image.open(file) as image:
         least, most = image.convert("L" if image.mode in ("RGB", "P") else image.mode).getextrema()
     return least == most
-
-
-def check_pictures(base: BaseModel, found: Pictures) -> None:
-    """Raises UserError naming the pictures that lack what the base is conditioned on."""
-    if not base.family.depth:
-        return
-    bare = list(_without_depth(found))
-    if bare:
-        raise UserError(
-            f"data.depth=true: {len(bare)} pictures have no depth map ({'; '.join(first(bare))}). "
-            "Make them with scripts/depth.py source=FOLDER model=Intel/dpt-large, or remove the "
-            "pictures"
-        )
-
-
-def _without_depth(found: Pictures) -> Iterator[str]:
-    several = len(found.parts) > 1
-    for part in found.parts:
-        table = part.source.table
-        for id, depth in zip(table.column("id"), table.column("depth_sha256"), strict=True):
-            if depth is None:
-                yield f"{part.settings.name}/{id}" if several else id
 
 
 def notes(config: RunConfig, base: BaseModel) -> list[str]:

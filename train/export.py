@@ -44,7 +44,8 @@ def save_lora(pipeline: Pipeline, directory: Path) -> None:
     for part in adapters.PARTS:
         model = getattr(pipeline, part)
         if adapters.NAME in getattr(model, "peft_config", {}):
-            contents[f"{part}_lora_layers"] = _lora_layers(model)
+            layers = _lora_layers(model)
+            contents[f"{part}_lora_layers"] = {_name(n, part): t for n, t in layers.items()}
             contents[f"{part}_lora_adapter_metadata"] = _settings(model)
     StableDiffusionPipeline.save_lora_weights(save_directory=str(directory), **contents)
     for file in directory.glob("pytorch_lora_weights*.safetensors"):
@@ -64,14 +65,14 @@ def _lora_layers(model: Any) -> dict[str, Tensor]:
             f"the adapter is not finite ({broken[0]} and {len(broken) - 1} more): training "
             "diverged; lower optim.learning_rate"
         )
-    return {_name(name, model): tensor.detach().cpu() for name, tensor in state.items()}
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
-def _name(name: str, model: Any) -> str:
+def _name(name: str, part: str) -> str:
     """What a tensor is called in the file. The text encoder's have the `text_model.` that CLIP's
     had before transformers 5, which other programs expect, and DoRA's magnitudes their whole name,
     without which transformers 5 does not find them."""
-    if not hasattr(model, "get_input_embeddings"):
+    if part == "unet":
         return name
     end = ".weight" if name.endswith("lora_magnitude_vector") else ""
     return f"text_model.{name.removeprefix('text_model.')}{end}"

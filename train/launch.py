@@ -13,6 +13,7 @@ import torch.distributed.nn.functional
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from train import sharding
 from train.config import UserError
 
 # Shares of what is cached differ, above all of a streamed set with few shards; the launcher ends
@@ -32,6 +33,7 @@ def open_accelerator(mixed_precision: str) -> Accelerator:
             mixed_precision=mixed_precision,
             cpu=workers > 1 and not torch.cuda.is_available(),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            fsdp_plugin=sharding.plugin(mixed_precision),
         )
     except ValueError as error:
         raise UserError(

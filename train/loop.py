@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from train import optim
+from train import optim, sharding
 from train.averaging import Averages, averages_of
 from train.checkpoint import Checkpoints
 from train.config import LoopConfig
@@ -55,10 +55,14 @@ def fit(
     raw, steps = method.model, config.train.steps
     optimizer = optim.build(method.parameter_groups(config.optim), config.optim)
     schedule = optim.Schedule(optimizer, steps=steps, config=config.optim)
+    model, prepared = sharding.prepare(accelerator, raw, optimizer)
     averages = averages_of(raw, optimizer, config.train.ema_decay)
-    checkpoints = Checkpoints(config.output / "checkpoints", keep=config.checkpoint.keep)
+    checkpoints = Checkpoints(
+        config.output / "checkpoints",
+        keep=config.checkpoint.keep,
+        writes=accelerator.is_main_process,
+    )
     start = checkpoints.restore(raw, optimizer, averages)
-    model, optimizer = accelerator.prepare(raw, optimizer)
     if accelerator.scaler is not None and start:
         accelerator.scaler.load_state_dict(checkpoints.facts(start)["scaler"])
     trainable = [p for p in raw.parameters() if p.requires_grad]
@@ -72,7 +76,7 @@ def fit(
     pause = Pause(
         method=method,
         model=model,
-        optimizer=optimizer.optimizer,
+        optimizer=optimizer,
         averages=averages,
         checkpoints=checkpoints,
         previews=Previews(config.output / "previews", config.preview, accelerator),
@@ -95,8 +99,8 @@ def fit(
         seed_step(config.seed, step, accelerator.process_index)
         loss = accumulate(model, micro_batches, accelerator)
         norm = accelerator.clip_grad_norm_(trainable, config.train.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        prepared.step()
+        prepared.zero_grad(set_to_none=True)
         averages.update(step)
         done = step + 1
         epoch = batches.epochs(done)
@@ -129,7 +133,8 @@ class Pause:
         """At the start of a run, or of its continuation from step `start`."""
         self.saved = start
         if start == 0:
-            self.previews.base(self.method)
+            with sharding.gathered(self.method, self.accelerator):
+                self.previews.base(self.method)
         self._look(start)  # also where a run ended between a checkpoint and what follows it
 
     def after(self, done: int) -> None:
@@ -144,12 +149,14 @@ class Pause:
         if best is not None:
             self.checkpoints.load_weights(best["step"], self.method.model, self.averages)
         self.averages.settle()
+        sharding.gather(self.method, self.accelerator)
 
     def _look(self, done: int) -> None:
         """At the weights that would be used after `done` steps."""
         with self.averages.applied():
             if self._due(done, self.config.preview.every):
-                self.previews.render(self.method, done)
+                with sharding.gathered(self.method, self.accelerator):
+                    self.previews.render(self.method, done)
             found = None
             if self.validation.due(done, self.config.train.steps):
                 found = self.validation.run(self.model, done)
@@ -165,14 +172,13 @@ class Pause:
     def _save(self, done: int) -> None:
         if done == self.saved:
             return
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(
-                done,
-                self.method.model,
-                self.optimizer,
-                self.averages.state(),
-                **scaler_state(self.accelerator),
-            )
+        self.checkpoints.save(
+            done,
+            self.method.model,
+            self.optimizer,
+            self.averages.state(),
+            **scaler_state(self.accelerator),
+        )
         self.saved = done
         self.accelerator.wait_for_everyone()
 

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> None:
     config = load(LoraRun, arguments, default=ROOT / "configs/toy/lora.yaml")
-    planned = plan(config, result="adapter", trainable_bytes=adapters.estimated_bytes(config.lora))
+    planned = plan(
+        config,
+        result="adapter",
+        trainable_bytes=adapters.estimated_bytes(config.lora),
+        check=lambda _: adapters.check(config.lora, config.model),
+    )
     if planned is None:
         return
 

@@ -117,7 +117,8 @@ def reschedule(scheduler: Any, config: DiffusionConfig) -> Any:
     """
     import diffusers
 
-    kind, changes = type(scheduler), {}
+    kind: Any = type(scheduler)
+    changes: dict[str, Any] = {}
     if config.prediction_type:
         changes["prediction_type"] = config.prediction_type
     if config.zero_terminal_snr:
@@ -147,11 +148,11 @@ def add_depth_estimator(pipeline: Pipeline, directory: Path) -> None:
     Where there is none, diffusers wants `from_pretrained(FOLDER, depth_estimator=None,
     feature_extractor=None)` and a `depth_map` for each picture.
     """
-    if not hasattr(pipeline, "prepare_depth_map"):
+    path = pipeline.config.get("_name_or_path")
+    if not hasattr(pipeline, "prepare_depth_map") or not path:
         return
-    path = str(pipeline.config.get("_name_or_path", ""))
     base = Path(path)
-    if path and not base.is_dir() and not base.is_file():
+    if not base.is_dir():
         try:
             wanted = ["model_index.json", *(f"{part}/*" for part in _DEPTH_PARTS)]
             base = from_hub(path, None, wanted)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from data.checks import token_counter
 from data.listing import few
 from train import demands, models, pictures, rundir, validation_data
-from train.config import RunConfig, UserError
+from train.config import FullRun, RunConfig, UserError
 from train.models import BaseModel
 from train.packages import require_optimizer
 from train.pictures import Pictures
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from train.method import Pipeline
 
 _HASHED = ("unet", "vae", "text_encoder")
+_SHARDED_OPTIMIZERS = ("adamw", "schedule_free")  # the others' states are not like the weights
 _SLACK_BYTES = 64 * 2**20  # metrics, previews, reports
 
 
@@ -48,11 +49,11 @@ def plan(
     run, or a run that is finished. Raises UserError for whatever would stop the run later.
     """
     require_optimizer(config.optim.name)
+    _check_launcher(config)
     _check_output(config)
     base = models.inspect(config.model)
     demands.check_settings(config, base)
     found = pictures.find(config.data, quarantined=_quarantine(config))
-    demands.check_pictures(base, found)
     more = check(found) or []
     finished = rundir.check(config, result=result)
     _check_space(config, base, found, trainable_bytes or models.fp32_bytes(base))
@@ -119,9 +120,7 @@ def _dataset(found: Pictures) -> dict[str, Any]:
     }
 
 
-def _check_space(
-    config: RunConfig, base: BaseModel, found: Pictures, trainable_bytes: int
-) -> None:
+def _check_space(config: RunConfig, base: BaseModel, found: Pictures, trainable_bytes: int) -> None:
     if rundir.has_checkpoints(config.output):
         return  # a run that is resumed has taken its space
     inpainting = base.family.inpainting
@@ -130,6 +129,39 @@ def _check_space(
     # Parameters and Adam's two moments, the kept checkpoints and the one being written; the result.
     checkpoints = 3 * trainable_bytes * (config.checkpoint.keep + 1) + trainable_bytes
     rundir.check_space(config.output, checkpoints + _SLACK_BYTES, what="checkpoints")
+
+
+def _check_launcher(config: RunConfig) -> None:
+    """What `accelerate launch` was told, as its processes see it."""
+    if _launched_with("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "DeepSpeed takes gradients, clipping and the optimizer out of the training loop, which "
+            "then could not resume exactly: launch with --config_file "
+            "configs/accelerate/fsdp.yaml, which splits as much over the GPUs"
+        )
+    if not _launched_with("ACCELERATE_USE_FSDP"):
+        return
+    if not isinstance(config, FullRun):
+        raise UserError(
+            "FSDP is for full fine-tuning (train/full.py): launch this with --config_file "
+            "configs/accelerate/multi_gpu.yaml"
+        )
+    if os.environ.get("FSDP_VERSION", "1") != "2" or _launched_with(
+        "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    ):
+        raise UserError(
+            "FSDP works here with fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false: "
+            "launch with --config_file configs/accelerate/fsdp.yaml"
+        )
+    if config.optim.name not in _SHARDED_OPTIMIZERS:
+        raise UserError(
+            f"optim.name={config.optim.name} does not work with FSDP: use one of "
+            f"{', '.join(_SHARDED_OPTIMIZERS)}"
+        )
+
+
+def _launched_with(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def _describe(config: RunConfig, base: BaseModel, found: Pictures) -> str:

@@ -296,7 +296,7 @@ def _ratio(measured: Measured, first: Measured, quarter: Metric) -> float:
 
 
 def _best_named(step: int) -> str:
-    return f"lowest at step {step:,}" if step else "lowest before training"
+    return f"best: step {step:,}" if step else "best: before training"
 
 
 def _previews(run: Run) -> Section:

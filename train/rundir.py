@@ -27,6 +27,7 @@ HARMLESS = (
     "checkpoint.",
     "preview.every",
     "validation.every",
+    "validation.use_best",
     "tracking.",
     "evaluation.",
 )

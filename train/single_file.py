@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 _UNET = "model.diffusion_model."
 _TEXT = ("cond_stage_model.model.", "cond_stage_model.transformer.")  # OpenCLIP's, CLIP's
-_PARTS = {"UNet": _UNET, "VAE": "first_stage_model.", "text encoder": _TEXT}
+_PARTS: dict[str, str | tuple[str, ...]] = {
+    "UNet": _UNET,
+    "VAE": "first_stage_model.",
+    "text encoder": _TEXT,
+}
 # Whose configuration a file has that gives none. SD 2's could be either of two.
 _CONFIGS = {
     "SD 2 depth": "sd2-community/stable-diffusion-2-depth",

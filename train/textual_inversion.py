@@ -52,12 +52,19 @@ def main(arguments: list[str]) -> None:
     export.publish(method, config.output / "adapter", accelerator)
 
 
-def check(config: TextualInversionRun, found: Pictures) -> None:
-    """Raises UserError for a token that the base has already, or that no caption holds."""
+def check(config: TextualInversionRun, found: Pictures) -> list[str]:
+    """What is learned, for the plan. Raises UserError for a token that the base has already or that
+    no caption holds, and for adapters that it cannot have."""
     tokens = config.textual_inversion.tokens
     new_tokens.refuse_known((t.token for t in tokens), new_tokens.vocabulary(config.model))
     if config.textual_inversion.captions == "own":
         new_tokens.check_captions(tokens, found)
+    if config.lora is not None:
+        adapters.check(config.lora, config.model)
+    return [
+        f"learns   {token.token} from {token.initial!r}, with {token.vectors or 'as many'} vectors"
+        for token in tokens
+    ]
 
 
 def estimated_bytes(config: TextualInversionRun) -> int:

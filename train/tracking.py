@@ -23,7 +23,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, start: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= start]
+        known = read_metrics(path) if start else []  # a run that starts anew measures its base anew
+        kept = [json.dumps(line) for line in known if line["step"] <= start]
         temporary = path.with_suffix(".writing")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         temporary.replace(path)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ TRAINING_SEED, CLASS_SEED = 300, 203  # worlds of the training pictures, and of 
 PICTURES = 8
 SUBJECT, WORD, TOKEN = "owl", "zwx circle", "<owl>"
 CLASS = "circle"
+Examined = dict[str, list[Any]]  # pictures by what was asked for
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Trial:
     @property
     def result(self) -> str:
         return "full" if "lora=null" in self.settings else "adapter"
+
+    @property
+    def leaves_the_class(self) -> bool:
+        """Whether no weight changes that a prompt without the new word would see."""
+        return self.entry == "textual_inversion" and not any("lora" in s for s in self.settings)
 
 
 DREAMBOOTH = ("dreambooth", WORD)
@@ -86,7 +93,7 @@ class MethodsConfig(Section):
     """Which of the methods."""
     seeds: int = Field(3, ge=1)
     """Runs of each, on other training pictures each time."""
-    pictures: int = Field(64, ge=2)
+    pictures: int = Field(48, ge=2)
     """Judged per run and question."""
     steps: int = Field(15, ge=1)
     """Sampling steps."""
@@ -105,14 +112,24 @@ def main(arguments: list[str]) -> None:
     judge = Judge.of(SUBJECT, views=config.pictures)
     file = config.output / "methods.json"
     found: dict[str, Any] = {"settings": config.model_dump(mode="json", exclude={"document"})}
+    pictures = config.output / "pictures"
+    base_pictures = examine(judge, config, None, CLASS, pictures / "base")
     for seed in range(config.seeds):
         data = write_data(config.output / "data", seed)
-        base = examine(judge, config, None, WORD.replace("zwx ", ""), data, "base", seed)
+        base = measure(judge, config, base_pictures, seed)
         found.setdefault("base", []).append(base)
         for name in config.trials:
-            trial = TRIALS[name]
-            run = train(trial, config, data, f"{name}-{seed}", seed)
-            measured = examine(judge, config, run / trial.result, trial.name, data, name, seed)
+            trial, run = TRIALS[name], config.output / f"{name}-{seed}"
+            train(trial, config, data, run, seed)
+            made = examine(
+                judge,
+                config,
+                run / trial.result,
+                trial.name,
+                pictures / run.name,
+                with_class=not trial.leaves_the_class,
+            )
+            measured = measure(judge, config, made, seed)
             found.setdefault(name, []).append(measured | compared(judge, measured, base))
             print(f"{name} {seed}: {json.dumps(found[name][-1])}", flush=True)
             write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
@@ -139,9 +156,8 @@ def write_data(folder: Path, seed: int) -> Path:
     return folder
 
 
-def train(trial: Trial, config: MethodsConfig, data: Path, name: str, seed: int) -> Path:
-    """The run directory of a finished run."""
-    run = config.output / name
+def train(trial: Trial, config: MethodsConfig, data: Path, run: Path, seed: int) -> None:
+    """Starts, resumes or finds finished the run in that directory."""
     arguments = [
         f"--config=configs/toy/{trial.entry}.yaml",
         f"output={run}",
@@ -154,7 +170,6 @@ def train(trial: Trial, config: MethodsConfig, data: Path, name: str, seed: int)
     ]
     entry = ROOT / "train" / f"{trial.entry}.py"
     subprocess.run([sys.executable, str(entry), *arguments], check=True, cwd=ROOT)
-    return run
 
 
 def examine(
@@ -162,37 +177,48 @@ def examine(
     config: MethodsConfig,
     result: Path | None,
     name: str,
-    data: Path,
-    trial: str,
-    seed: int,
-) -> dict[str, Any]:
-    """Generates with the base, or with what a run has made of it, and judges the pictures."""
+    folder: Path,
+    *,
+    with_class: bool = True,
+) -> Examined:
+    """Generates with the base, or with what a run has made of it: the subject by its name, and the
+    class."""
     pipeline = open_pipeline(config.model, result)
-    folder = config.output / "pictures" / f"{trial}-{seed}"
-    unseen = judge.unseen(TRAINING_SEED + seed, PICTURES)
-    others = [
-        scene
-        for scene in (toy.sample_scene(CLASS_SEED, k) for k in range(100 * config.pictures))
-        if scene.shape == CLASS
-    ][: config.pictures]
-    subjects = generated(
-        pipeline, [toy.caption(s, name=name) for s in judge.scenes], config, folder / "subject"
-    )
-    members = generated(pipeline, [toy.caption(s) for s in others], config, folder / "class")
-    free = generated(pipeline, [f"a photo of a {CLASS}"] * config.pictures, config, folder / "free")
+    prompts = {"subject": [toy.caption(scene, name=name) for scene in judge.scenes]}
+    if with_class:
+        prompts["class"] = [toy.caption(scene) for scene in class_scenes(config.pictures)]
+        prompts["free"] = [f"a photo of a {CLASS}"] * config.pictures
     return {
+        what: generated(pipeline, texts, config, folder / what) for what, texts in prompts.items()
+    }
+
+
+def class_scenes(count: int) -> list[toy.Scene]:
+    """Other members of the class."""
+    found = (toy.sample_scene(CLASS_SEED, k) for k in range(100 * count))
+    return list(islice((scene for scene in found if scene.shape == CLASS), count))
+
+
+def measure(judge: Judge, config: MethodsConfig, pictures: Examined, seed: int) -> dict[str, Any]:
+    """recombined: of the prompts whose size and background the training pictures never showed
+    together."""
+    subjects, unseen = pictures["subject"], judge.unseen(TRAINING_SEED + seed, PICTURES)
+    found: dict[str, Any] = {
         "similarity": judge.similarity(subjects),
         "recombined": judge.recombined(
             [subjects[k] for k in unseen], [judge.scenes[k] for k in unseen]
         ),
-        "class": judge.class_kept(members, others, free),
     }
+    if "class" in pictures:
+        scenes = class_scenes(config.pictures)
+        found["class"] = judge.class_kept(pictures["class"], scenes, pictures["free"])
+    return found
 
 
 def compared(judge: Judge, measured: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
     """What matters of a measurement beside the base's own."""
     kept = {
-        f"{what}_kept": measured["class"][what] / base["class"][what]
+        f"{what}_kept": measured.get("class", base["class"])[what] / base["class"][what]
         for what in ("accuracy", "diversity")
     }
     return {"closed": judge.closed(measured["similarity"], base["similarity"]), **kept}

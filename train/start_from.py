@@ -1,0 +1,194 @@
+"""lora.start_from: an adapter that a run goes on from, in diffusers' format or kohya's.
+
+Whether it fits is told from its header; nothing is loaded before that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train import adapter_file
+from train.config import UserError
+
+_TENSOR = re.compile(
+    r"(?P<layer>.+?)\.(?:lora(?:_linear_layer)?[._])?"
+    r"(?P<kind>A|B|down|up|alpha|magnitude_vector)(?:\.weight)?"
+)
+_KINDS = {"down": "A", "up": "B"}
+_SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What an adapter is on one layer."""
+
+    rank: int
+    scale: float
+    """What the product of its factors is multiplied by: alpha / rank, or alpha / sqrt(rank)."""
+    dora: bool
+
+
+Found = dict[str, Layer]
+"""By layer, as `spelled`."""
+
+
+def spelled(layer: str) -> str:
+    """One spelling for `unet.a.b` and kohya's `lora_unet_a_b`, `text_encoder.text_model.a` and
+    `lora_te_text_model_a`."""
+    name = re.sub(r"^te1?_", "text_encoder_", layer.replace(".", "_").removeprefix("lora_"))
+    return name.replace("text_encoder_text_model_", "text_encoder_")
+
+
+def find(text: str) -> Path:
+    """The LoRA file that `lora.start_from` names. Raises UserError where there is none, or where
+    embeddings belong to it, which only textual inversion could go on from."""
+    try:
+        adapter = adapter_file.find(text)
+    except UserError as error:
+        raise UserError(_named(str(error))) from None
+    if adapter.file is None or adapter.embeddings:
+        raise UserError(
+            f"lora.start_from={text} has embeddings of new words; give a LoRA, or the file of one "
+            "that was trained without them"
+        )
+    if adapter.scale != 1:
+        raise UserError(f"lora.start_from={text}: leave out the scale, training goes on at 1")
+    return adapter.file
+
+
+def _named(message: str) -> str:
+    return message.replace("adapters=", "lora.start_from=")
+
+
+def check(file: Path, wanted: Mapping[str, Layer], base: adapter_file.Shapes | None = None) -> None:
+    """Raises UserError unless the file has an adapter on just the layers wanted, of their ranks and
+    scales.
+
+    base: shapes of the base's layers by spelling, so that an adapter of another family is called
+    that.
+    """
+    if base is not None:
+        try:
+            adapter_file.check([adapter_file.Adapter(file, 1.0)], base)
+        except UserError as error:
+            raise UserError(f"lora.start_from={error}") from None
+    found = described(file)
+    _check_layers(file, found, wanted)
+    for name, layer in wanted.items():
+        _check_layer(file, name, found[name], layer)
+
+
+def _check_layers(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None:
+    remedy = "set lora.targets, lora.blocks and lora.text_encoder as it was trained"
+    for names, does in (
+        (set(found) - set(wanted), "changes layers that this run leaves alone"),
+        (set(wanted) - set(found), "lacks layers that this run changes"),
+    ):
+        if names:
+            raise UserError(
+                f"lora.start_from={file} {does} ({len(names)}, like {min(names)}): {remedy}"
+            )
+
+
+def _check_layer(file: Path, name: str, found: Layer, wanted: Layer) -> None:
+    section = "lora.text_encoder" if name.startswith("text_encoder_") else "lora"
+    start = f"lora.start_from={file}"
+    if found.rank != wanted.rank:
+        raise UserError(
+            f"{start} has rank {found.rank}, {section}.rank={wanted.rank} (in {name}): set "
+            f"{section}.rank={found.rank}, or lora.blocks as it was trained"
+        )
+    if found.dora != wanted.dora:
+        raise UserError(
+            f"{start} was trained with lora.dora={str(found.dora).lower()}: set it likewise"
+        )
+    if not math.isclose(found.scale, wanted.scale, rel_tol=1e-3):  # kohya's alphas may be fp16
+        raise UserError(
+            f"{start} was trained at scale {found.scale:.4g}, and {section}.alpha and "
+            f"{section}.rank make it {wanted.scale:.4g} (in {name}): set {section}.alpha="
+            f"{wanted.rank * found.scale:.4g}, or lora.rank_stabilised as it was trained"
+        )
+
+
+def described(file: Path) -> Found:
+    """What the file's adapter is on each layer. Raises UserError for what training cannot go on
+    from."""
+    header = _header(file)
+    settings = json.loads(header.pop("__metadata__", {}).get("lora_adapter_metadata", "{}"))
+    layers: dict[str, dict[str, str]] = {}
+    for name in header:
+        layer, kind = _parsed(file, name)
+        layers.setdefault(layer, {})[kind] = name
+    found = {}
+    for layer, names in layers.items():
+        if not {"A", "B"} <= names.keys():
+            raise UserError(f"lora.start_from={file}: {layer} lacks one of its two factors")
+        rank = header[names["A"]]["shape"][0]
+        alpha = _scalar(file, names["alpha"]) if "alpha" in names else None
+        scale = _scale(layer, rank, settings) if alpha is None else alpha / rank
+        found[spelled(layer)] = Layer(rank, scale, "magnitude_vector" in names)
+    return found
+
+
+def _parsed(file: Path, name: str) -> tuple[str, str]:
+    """The layer of a tensor, and which of its tensors it is."""
+    match = _TENSOR.fullmatch(name)
+    if match is None:
+        raise UserError(
+            f"lora.start_from={file} holds {name}, which is no tensor of a LoRA that training can "
+            "go on from (diffusers' or kohya's, without their variants)"
+        )
+    return match["layer"], _KINDS.get(match["kind"], match["kind"])
+
+
+def _scale(layer: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """As diffusers reads it: 1 where nothing says otherwise."""
+    part, _, module = layer.partition(".")
+    own = {k.removeprefix(f"{part}."): v for k, v in settings.items() if k.startswith(f"{part}.")}
+    if "lora_alpha" not in own:
+        return 1.0
+    module = module.removeprefix("text_model.")
+    patterns = (own.get("alpha_pattern") or {}).items()
+    fitting = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module))
+    alpha = float(next(fitting, own["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        return dict(json.loads(stream.read(size)))
+
+
+def _scalar(file: Path, name: str) -> float:
+    """The one number of a tensor, without the weight of a library that knows bfloat16."""
+    entry = _header(file)[name]
+    first, last = entry["data_offsets"]
+    with file.open("rb") as stream:
+        stream.seek(8 + int.from_bytes(stream.read(8), "little") + first)
+        raw = stream.read(last - first)
+    if entry["dtype"] == "BF16":
+        return float(struct.unpack("<f", b"\0\0" + raw)[0])
+    return float(struct.unpack(_SCALARS[entry["dtype"]], raw)[0])
+
+
+def load(file: Path, parameters: Mapping[str, Any]) -> None:
+    """Copies a checked file's values into adapters.
+
+    parameters: by spelling and kind, as `unet_mid_block_.../A`; B, and DoRA's magnitude_vector.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = {_parsed(file, name): value for name, value in load_file(file).items()}
+    values = {f"{spelled(layer)}/{kind}": value for (layer, kind), value in tensors.items()}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name].reshape(parameter.shape))
