@@ -98,22 +98,22 @@ def _check_layers(file: Path, found: Iterable[str], wanted: Iterable[str]) -> No
 
 
 def _check_layer(file: Path, name: str, found: Layer, wanted: Layer) -> None:
-    section = "lora.text_encoder" if name.startswith("text_encoder_") else "lora"
+    of_text = name.startswith("text_encoder_")
+    section = "lora.text_encoder" if of_text else "lora"
     start = f"lora.start_from={file}"
     if found.rank != wanted.rank:
+        keys = f"{section}.rank" if of_text else "lora.rank or lora.blocks"
         raise UserError(
-            f"{start} has rank {found.rank}, {section}.rank={wanted.rank} (in {name}): set "
-            f"{section}.rank={found.rank}, or lora.blocks as it was trained"
+            f"{start} has rank {found.rank}, and {keys} makes it {wanted.rank} (in {name}): set it "
+            f"to {found.rank}"
         )
     if found.dora != wanted.dora:
-        raise UserError(
-            f"{start} was trained with lora.dora={str(found.dora).lower()}: set it likewise"
-        )
+        raise UserError(f"{start} was trained with lora.dora={str(found.dora).lower()}: set that")
     if not math.isclose(found.scale, wanted.scale, rel_tol=1e-3):  # kohya's alphas may be fp16
         raise UserError(
-            f"{start} was trained at scale {found.scale:.4g}, and {section}.alpha and "
-            f"{section}.rank make it {wanted.scale:.4g} (in {name}): set {section}.alpha="
-            f"{wanted.rank * found.scale:.4g}, or lora.rank_stabilised as it was trained"
+            f"{start} was trained at scale {found.scale:.4g}, and {section}.alpha makes it "
+            f"{wanted.scale:.4g} (in {name}): set {section}.alpha to {found.scale:.4g} times "
+            f"{section}.rank, with lora.rank_stabilised=false"
         )
 
 
