@@ -1,6 +1,7 @@
 """train/lora.py end to end, on a tiny base: what moves, what resumes, what loads elsewhere."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
@@ -61,37 +62,96 @@ def test_the_run_directory_holds_what_the_contract_names(run):
     assert (run / "previews" / "step-00000006" / "grid.png").is_file()
 
 
-def test_every_adapter_weight_moves_and_the_base_does_not(world, tmp_path):
-    from train.config import LoraConfig, LoraRun, load
-
-    config = load(LoraRun, arguments(world, tmp_path / "run"))
-    pipeline = models.load_pipeline(str(world / "base"))
-    before = {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
-    lora.main(arguments(world, tmp_path / "run"))
-    after = load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors")
-    pipeline.text_encoder.requires_grad_(False)
-    method = lora.Lora(pipeline, _objective(pipeline, config), LoraConfig(rank=2), seed=0)
-    start = {k: v for k, v in method.model.named_parameters() if v.requires_grad}
-    assert after.keys() == start.keys() and len(after) == 2 * 4 * 2 * 4
-    assert all(not torch.equal(after[name], start[name]) for name in after)
-    base_again = models.load_pipeline(str(world / "base")).unet.state_dict()
-    assert all(torch.equal(before[name], base_again[name]) for name in before)
-
-
-def _objective(pipeline, config):
-    from train.diffusion import Objective
-
-    return Objective.of(pipeline.scheduler, config.diffusion)
+ALL = "lora.targets=[attention,proj,feed_forward,convolution]"
+TEXT = "lora.text_encoder={rank: 3, targets: [attention, feed_forward]}"
+# Of each: how many layers of the UNet and of the text encoder have adapters, and of how many
+# tensors these are.
+KINDS = {
+    "plain": ((), 32, 0, 2),
+    "blocks": (("lora.blocks={up_blocks.*: 3, mid_block: 0}",), 24, 0, 2),
+    "text encoder": ((ALL, TEXT), 69, 12, 2),
+    "dora": ((ALL, TEXT, "lora.dora=true"), 69, 12, 3),
+    "rank-stabilised, bf16": (
+        (TEXT, "lora.rank_stabilised=true", "train.mixed_precision=bf16"),
+        32,
+        12,
+        2,
+    ),
+}
 
 
-def test_the_adapter_in_an_untouched_pipeline_gives_the_preview_s_pixels(world, run):
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_adapter_weight_moves_and_nothing_else(world, tmp_path, monkeypatch, kind):
+    overrides, unet, text_encoder, each = KINDS[kind]
+    watched = watch(monkeypatch)
+    lora.main(arguments(world, tmp_path / "run", "preview.every=0", *overrides))
+    ((before, after),) = watched
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".lora_" in name}
+    assert sum(name.startswith("unet") for name in moved) == unet * each
+    assert sum(name.startswith("text_encoder") for name in moved) == text_encoder * each
+    assert {after[name].dtype for name in moved} == {torch.float32}
+
+
+def watch(monkeypatch) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """All tensors of the pipeline before and after each training that follows."""
+    from train import loop
+
+    found = []
+    fit = loop.fit
+
+    def watching(method, *args):
+        before = tensors(method.pipeline())
+        fit(method, *args)
+        found.append((before, tensors(method.pipeline())))
+
+    monkeypatch.setattr(loop, "fit", watching)
+    return found
+
+
+def tensors(pipeline) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part in ("unet", "text_encoder", "vae")
+        for name, tensor in getattr(pipeline, part).state_dict().items()
+    }
+
+
+def test_what_is_resumed_in_bf16_is_in_fp32_and_ends_in_the_same_bits(world, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    command = arguments(
+        world, run, TEXT, "lora.dora=true", "train.mixed_precision=bf16", "preview.every=0"
+    )
+    lora.main(command)
+    uninterrupted = adapter(run)
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    watched = watch(monkeypatch)
+    lora.main(command)
+    assert_same(adapter(run), uninterrupted)
+    ((before, after),) = watched
+    for state in (before, after):
+        assert {t.dtype for n, t in state.items() if ".lora_" in n} == {torch.float32}
+        assert {t.dtype for n, t in state.items() if n.endswith("conv1.weight")} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("overrides", [(), (ALL, TEXT, "lora.dora=true")], ids=["plain", "all"])
+def test_the_adapter_in_an_untouched_pipeline_gives_the_preview_s_pixels(
+    world, run, tmp_path, overrides
+):
+    if overrides:
+        run = tmp_path / "run"
+        lora.main(arguments(world, run, *overrides, "diffusion.zero_terminal_snr=true"))
     pipeline = StableDiffusionPipeline.from_pretrained(world / "base", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     base = _picture(pipeline)
     pipeline.load_lora_weights(str(run / "adapter"))
+    pipeline.scheduler = DDIMScheduler.from_pretrained(run / "adapter", subfolder="scheduler")
     preview = np.asarray(Image.open(run / "previews" / "step-00000006" / "01.png"))
     assert np.array_equal(_picture(pipeline), preview)
     assert not np.array_equal(base, preview)
+    assert pipeline.scheduler.config.rescale_betas_zero_snr == bool(overrides)
 
 
 def _picture(pipeline):
@@ -193,10 +253,31 @@ def test_two_processes_train_on_the_same_samples_to_the_same_weights(world, tmp_
     assert manifest["processes"] == 2
 
 
-def test_mixed_precision_keeps_the_adapter_in_fp32(world, tmp_path):
-    lora.main(arguments(world, tmp_path / "run", "train.mixed_precision=bf16", "preview.every=0"))
-    assert {tensor.dtype for tensor in adapter(tmp_path / "run").values()} == {torch.float32}
-    assert all(np.isfinite(losses(tmp_path / "run")))
+def test_a_run_goes_on_from_another_s_adapter(world, run, tmp_path):
+    still = ("optim.learning_rate=1e-12", "optim.final_learning_rate=0", "preview.every=0")
+    start = f"lora.start_from={run / 'adapter'}"
+    lora.main(arguments(world, tmp_path / "run", start, *still))
+    first, second = adapter(run), adapter(tmp_path / "run")
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name], second[name], rtol=0, atol=1e-9) for name in first)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("lora.blocks={down_blocks.7: 2}", "lora.blocks: 'down_blocks.7' fits no layer"),
+        ("lora.rank=3", "lora.start_from.* has rank 2, and lora.rank"),
+        ("lora.targets=[proj]", "lora.start_from.* changes layers"),
+    ],
+)
+def test_a_wrong_adapter_is_named_before_weights_are_loaded(
+    world, run, tmp_path, monkeypatch, override, message
+):
+    monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    start = f"lora.start_from={run / 'adapter'}"
+    with pytest.raises(UserError, match=message):
+        lora.main(arguments(world, tmp_path / "run", start, override))
+    assert not (tmp_path / "run").exists()
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from math import prod, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from train import base_layers, start_from
 from train.adapter_file import Shapes, pipeline_shapes
@@ -28,6 +28,7 @@ TEXT_TARGETS: dict[str, tuple[str, ...]] = {
     "feed_forward": ("fc1", "fc2"),
 }
 PARTS = ("unet", "text_encoder")
+T = TypeVar("T")
 NAME = "default"
 """What PEFT calls the adapter."""
 
@@ -220,55 +221,56 @@ def check(config: LoraConfig, model: ModelConfig) -> None:
     base = base_layers.of_base(model)
     if base is None:
         return
-    wanted = ranks(list(base["unet"]), config)
-    expected = {start_from.spelled(f"unet.{n}"): _expected(r, config) for n, r in wanted.items()}
-    if config.text_encoder is not None:
-        own = _of_text(config.text_encoder, config)
-        names = text_ranks(list(base["text_encoder"]), config.text_encoder)
-        expected |= {
-            start_from.spelled(f"text_encoder.{n}"): _expected(r, own) for n, r in names.items()
-        }
+    wanted = _spelled({"unet": _wanted(ranks(list(base["unet"]), config), config)})
+    if (text := config.text_encoder) is not None:
+        by_layer = text_ranks(list(base["text_encoder"]), text)
+        wanted |= _spelled({"text_encoder": _wanted(by_layer, _of_text(text, config))})
     if file is not None:
-        shapes = {
-            start_from.spelled(f"{part}.{name}"): shape
-            for part, layers in base.items()
-            for name, shape in layers.items()
-        }
-        start_from.check(file, expected, shapes)
+        start_from.check(file, wanted, _spelled(base))
 
 
-def _expected(rank: int, config: LoraConfig) -> start_from.Layer:
-    divisor = sqrt(rank) if config.rank_stabilised else rank
-    return start_from.Layer(rank, alpha_of(rank, config) / divisor, config.dora)
+def _spelled(by_part: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    """Both parts' layers in one, named as adapter files have it."""
+    return {
+        start_from.spelled(f"{part}.{name}"): value
+        for part, layers in by_part.items()
+        for name, value in layers.items()
+    }
+
+
+def _wanted(by_layer: Mapping[str, int], config: LoraConfig) -> dict[str, start_from.Layer]:
+    return {
+        name: start_from.Layer(
+            rank,
+            alpha_of(rank, config) / (sqrt(rank) if config.rank_stabilised else rank),
+            config.dora,
+        )
+        for name, rank in by_layer.items()
+    }
 
 
 def _go_on_from(pipeline: Pipeline, config: LoraConfig, base: Shapes) -> None:
     """The values of `start_from` in place of the first ones."""
     assert config.start_from is not None
     file = start_from.find(config.start_from)
-    adapted = {
-        start_from.spelled(f"{part}.{name}"): layer
-        for part in PARTS
-        for name, layer in _layers(getattr(pipeline, part)).items()
-    }
-    expected = {
+    adapted = _spelled({part: _layers(getattr(pipeline, part)) for part in PARTS})
+    wanted = {
         name: start_from.Layer(layer.r[NAME], layer.scaling[NAME], config.dora)
         for name, layer in adapted.items()
     }
-    start_from.check(file, expected, base)
-    start_from.load(
-        file,
-        {
-            f"{name}/{kind}": module[NAME].weight
-            for name, layer in adapted.items()
-            for kind, module in (
-                ("A", layer.lora_A),
-                ("B", layer.lora_B),
-                ("magnitude_vector", layer.lora_magnitude_vector),
-            )
-            if NAME in module
-        },
-    )
+    start_from.check(file, wanted, base)
+    tensors = {f"{name}/{k}": t for name, m in adapted.items() for k, t in _tensors(m).items()}
+    start_from.load(file, tensors)
+
+
+def _tensors(layer: Any) -> dict[str, nn.Parameter]:
+    """An adapted layer's parameters, as `start_from.load` calls them."""
+    kinds = {
+        "A": layer.lora_A,
+        "B": layer.lora_B,
+        "magnitude_vector": layer.lora_magnitude_vector,
+    }
+    return {kind: module[NAME].weight for kind, module in kinds.items() if NAME in module}
 
 
 def estimated_bytes(config: LoraConfig) -> int:

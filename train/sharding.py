@@ -48,8 +48,9 @@ def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, Any]:
     """`accelerator.prepare`, completed for a sharded model."""
+    prepared: Any
     prepared, wrapped = accelerator.prepare(model, optimizer)
-    if isinstance(prepared, FSDPModule):
+    if is_sharded(prepared):
         # Else what the outermost module gathers for a validation stays, and is then out of date.
         prepared.set_reshard_after_forward(True)
         prepared.forward = accelerator.autocast()(prepared.forward)
