@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -32,9 +33,15 @@ def mask_latent(content: bytes, size: Size, box: Box) -> torch.Tensor:
     its sides. White counts, and what is transparent does not. Each latent gets the mean of the mask
     over its place. Raises as `images.open_image`.
     """
-    image = images.open_image(io.BytesIO(content), BLACK, cover=size).convert("L")
-    small = _resize(image.convert("F"), size, box, Image.Resampling.BOX)
+    small = _resize(
+        open_mask(io.BytesIO(content), cover=size).convert("F"), size, box, Image.Resampling.BOX
+    )
     return _tensor(small / 255)
+
+
+def open_mask(file: Path | IO[bytes], *, cover: Size | None = None) -> Image.Image:
+    """A mask, upright, in mode L; what is transparent is black. Raises as `images.open_image`."""
+    return images.open_image(file, BLACK, cover=cover).convert("L")
 
 
 def depth_latent(content: bytes, size: Size, box: Box) -> torch.Tensor:
@@ -45,16 +52,20 @@ def depth_latent(content: bytes, size: Size, box: Box) -> torch.Tensor:
     StableDiffusionDepth2ImgPipeline.prepare_depth_map; a map without any difference is zeros.
     Raises as `images.decode`.
     """
-    image = images.decode(io.BytesIO(content))
-    turn = images.ORIENTATIONS.get(images.orientation(image))
-    grey = image if image.mode.startswith("I") else image.convert("L")
-    exact = Image.fromarray(np.asarray(grey, dtype=np.float32))
-    upright = exact if turn is None else exact.transpose(turn)
-    small = _resize(upright, size, box, Image.Resampling.BICUBIC)
+    small = _resize(open_depth(io.BytesIO(content)), size, box, Image.Resampling.BICUBIC)
     least, most = float(small.min()), float(small.max())
     if most <= least:
         return _tensor(np.zeros_like(small))
     return _tensor(2 * (small - least) / (most - least) - 1)
+
+
+def open_depth(file: Path | IO[bytes]) -> Image.Image:
+    """A depth map, upright, in mode F with all of its 8 or 16 bits. Raises as `images.decode`."""
+    image = images.decode(file)
+    turn = images.ORIENTATIONS.get(images.orientation(image))
+    grey = image if image.mode.startswith("I") else image.convert("L")
+    exact = Image.fromarray(np.asarray(grey, dtype=np.float32))
+    return exact if turn is None else exact.transpose(turn)
 
 
 def _resize(image: Image.Image, size: Size, box: Box, resample: Image.Resampling) -> np.ndarray:

@@ -62,7 +62,6 @@ def main(arguments: list[str]) -> None:
         folder=run / "eval",
         buckets=buckets,
         **config.evaluation.model_dump(exclude={"path"}),
-        prediction_type=config.diffusion.prediction_type,
         rank=state.process_index,
         world=state.num_processes,
         wait=state.wait_for_everyone,
@@ -88,7 +87,6 @@ def evaluate(
     guidance: float,
     batch_size: int,
     seed: int,
-    prediction_type: str | None = None,
     rank: int = 0,
     world: int = 1,
     wait: Callable[[], None] = lambda: None,
@@ -103,7 +101,7 @@ def evaluate(
     how = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
     share = {"rank": rank, "world": world}
     base = _generate(pipeline, tasks, folder / "base", **how, **share)
-    finetuned_pipeline = apply(result, pipeline, prediction_type=prediction_type)
+    finetuned_pipeline = apply(result, pipeline)
     finetuned = _generate(finetuned_pipeline, tasks, folder / "finetuned", **how, **share)
     wait()
     if rank:
@@ -130,19 +128,13 @@ def plan(
     ]
 
 
-def apply(result: Path, pipeline: Any, *, prediction_type: str | None = None) -> Any:
-    """The fine-tuned pipeline: the base with the adapter loaded, or the one in the folder.
-
-    prediction_type: what the adapter was trained to predict, where not as the base's scheduler has
-    it.
-    """
+def apply(result: Path, pipeline: Any) -> Any:
+    """The fine-tuned pipeline: the base with the adapter loaded, or the one in the folder."""
     if not (result / "model_index.json").is_file():
         adapter = adapter_file.find(str(result))
         words = pipeline.tokenizer.get_vocab()
         adapter_file.check([adapter], adapter_file.pipeline_shapes(pipeline), words)
         adapter_file.apply(pipeline, [adapter])
-        if prediction_type:
-            pipeline.scheduler.register_to_config(prediction_type=prediction_type)
         return pipeline
     from train.models import load_pipeline
 

@@ -31,10 +31,11 @@ def read_run(run: Path, overrides: Sequence[str]) -> RunConfig:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid YAML: {error}") from None
-    shared = RunConfig.model_fields.keys()
-    own = set(values) - shared if isinstance(values, dict) else set()
-    schemas = (method for method in RunConfig.__subclasses__() if own & method.model_fields.keys())
-    return load(next(schemas, RunConfig), ["--config", str(file), *overrides])
+    sections = set(values) if isinstance(values, dict) else set()
+    # The method that knows the most of its sections: several have a `lora`.
+    schemas: list[type[RunConfig]] = [RunConfig, *RunConfig.__subclasses__()]
+    schema = max(schemas, key=lambda schema: len(sections & schema.model_fields.keys()))
+    return load(schema, ["--config", str(file), *overrides])
 
 
 def find_result(run: Path) -> Path:

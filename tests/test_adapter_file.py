@@ -238,12 +238,12 @@ def test_pictures_are_sampled_as_the_adapter_was_trained(tmp_path, sampler):
     pipeline = tiny_pipeline()
     pipeline.scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config)
     file = embedding(tmp_path / "x" / "learned_embeds.safetensors")
-    scheduler(tmp_path / "x", prediction_type="sample")
+    scheduler(tmp_path / "x", prediction_type="epsilon")
     adapter_file.apply(pipeline, [find(str(file))])
     assert type(pipeline.scheduler).__name__ == sampler
-    assert pipeline.scheduler.config.prediction_type == "sample"
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
     assert pipeline.scheduler.config.timestep_spacing == "leading"
-    scheduler(tmp_path / "x", prediction_type="sample", rescale_betas_zero_snr=True)
+    scheduler(tmp_path / "x", prediction_type="v_prediction", rescale_betas_zero_snr=True)
     adapter_file.adopt_scheduler(pipeline, adapter_file.trained_with([find(str(file))]))
     able = sampler if sampler != "PNDMScheduler" else "DDIMScheduler"
     assert type(pipeline.scheduler).__name__ == able

@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from train import checkpoint, optim
 from train.averaging import averages_of
 from train.checkpoint import Checkpoints, DamagedCheckpoint
-from train.config import OptimConfig
+from train.config import OptimConfig, RunFailed
 
 
 class Net(nn.Module):
@@ -186,6 +187,32 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(written):
         checkpoints.restore(model, optimizer_of(model))
 
 
+def test_a_checkpoint_of_other_shapes_is_refused_by_name(written):
+    """A tensor of one column would fill many without a word."""
+    checkpoints, _, _ = written
+    model = Net()
+    model.last = nn.Linear(8, 2)
+    with pytest.raises(DamagedCheckpoint, match=r"its last.weight is \(1, 8\), not \(2, 8\)"):
+        checkpoints.restore(model, optimizer_of(model))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("28")])
+def test_a_full_disk_ends_the_run_with_a_remedy(written, monkeypatch, error):
+    checkpoints, model, optimizer = written
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(RunFailed, match="step 6 could not be written.*28.*Free space"):
+            checkpoints.save(6, model, optimizer)
+    assert checkpoints.steps() == [2, 4] and not list(checkpoints.folder.glob(".writing-*"))
+    checkpoints.save(6, model, optimizer)
+    assert restored(checkpoints)[0] == 6
+
+
 def test_the_newest_are_kept(written):
     checkpoints, model, optimizer = written
     for step in (6, 8, 100):
@@ -312,14 +339,14 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_the_weights_alone_are_those_that_were_used_then(tmp_path, kind):
+def test_of_an_earlier_checkpoint_the_weights_are_those_that_were_used_then(tmp_path, kind):
     run = Run(kind)
     run.train(0, 3)
     checkpoints = Checkpoints(tmp_path, keep=2)
     run.save(checkpoints, 3)
     expected = run.used()
     run.train(3, 6)
-    checkpoints.load_weights(3, run.model, run.averages)
+    checkpoints.load(3, run.model, run.optimizer, run.averages)
     run.averages.settle()
     same(run.model.state_dict(), expected)
 
@@ -333,7 +360,7 @@ def test_averages_are_written_where_there_are_any_and_checked_like_the_rest(tmp_
     assert not (checkpoints.path(1) / "averages.safetensors").exists()
     flip(checkpoints.path(2) / "averages.safetensors")
     with pytest.raises(DamagedCheckpoint, match="step-00000002/averages.safetensors is damaged"):
-        checkpoints.load_weights(2, averaged.model, averaged.averages)
+        checkpoints.load(2, averaged.model, averaged.optimizer, averaged.averages)
     assert checkpoints.restore(averaged.model, averaged.optimizer, averaged.averages) == 1
     same(averaged.used(), plain.model.state_dict())
 
@@ -350,39 +377,32 @@ def test_another_number_of_groups_is_refused(written):
 
 def test_the_best_stays_until_another_is_better(written):
     checkpoints, model, optimizer = written
-    assert checkpoints.best() is None
-    checkpoints.mark_best(2, "loss", 0.5)
+    checkpoints.mark_best(2, metric="loss", value=0.5)
     for step in (6, 8, 10):
         checkpoints.save(step, model, optimizer)
     assert checkpoints.steps() == [2, 8, 10]
-    assert checkpoints.best() == {"step": 2, "metric": "loss", "value": 0.5}
-    checkpoints.mark_best(10, "loss", 0.4)
+    assert marked(checkpoints) == {"step": 2, "metric": "loss", "value": 0.5}
+    checkpoints.mark_best(10, metric="loss", value=0.4)
     checkpoints.save(12, model, optimizer)
     checkpoints.save(14, model, optimizer)
     assert checkpoints.steps() == [10, 12, 14]
+    checkpoints.mark_best(None)
+    checkpoints.save(16, model, optimizer)
+    assert checkpoints.steps() == [14, 16] and not (checkpoints.folder / "best.json").exists()
 
 
-def test_a_run_that_goes_on_from_before_its_best_has_none(written):
-    checkpoints, model, optimizer = written
-    checkpoints.mark_best(4, "loss", 0.5)
-    assert restored(checkpoints)[0] == 4 and checkpoints.best()["step"] == 4
-    flip(checkpoints.path(4) / "model.safetensors")
-    assert restored(checkpoints)[0] == 2
-    assert checkpoints.best() is None and not (checkpoints.folder / "best.json").exists()
+def marked(checkpoints):
+    return json.loads((checkpoints.folder / "best.json").read_text())
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"step": "4"}', '{"step": 9, "value": 1}'])
-def test_a_best_that_is_unreadable_or_gone_is_none(written, text):
-    checkpoints, model, optimizer = written
-    (checkpoints.folder / "best.json").write_text(text)
-    assert checkpoints.best() is None
-    checkpoints.save(6, model, optimizer)
-    assert restored(checkpoints)[0] == 6
+def test_of_several_processes_one_marks_the_best(tmp_path):
+    Checkpoints(tmp_path / "none", keep=2, writes=False).mark_best(2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_best_is_written_whole_or_not_at_all(written, monkeypatch):
     checkpoints, model, optimizer = written
-    checkpoints.mark_best(2, "loss", 0.5)
+    checkpoints.mark_best(2)
 
     def killed(*arguments):
         raise KeyboardInterrupt
@@ -390,8 +410,8 @@ def test_a_best_is_written_whole_or_not_at_all(written, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.mark_best(4, "loss", 0.4)
-    assert checkpoints.best()["step"] == 2
+            checkpoints.mark_best(4)
+    assert marked(checkpoints) == {"step": 2}
     checkpoints.save(6, model, optimizer)
     assert not list(checkpoints.folder.glob(".writing-*"))
 

@@ -25,10 +25,15 @@ def whole(frozen, ids, rows):
     return nn.Embedding.from_pretrained(large)
 
 
+def short(*shape):
+    """Rows that are not longer than the table's."""
+    return 0.1 * torch.randn(*shape)
+
+
 # Ids after the table's, with gaps and out of order, and within it.
 @pytest.mark.parametrize("ids", [[10, 11], [14, 10], [3, 12]])
 def test_it_is_a_table_with_the_rows_in_it(ids):
-    frozen, rows = table(), torch.randn(2, 4)
+    frozen, rows = table(), short(2, 4)
     module = embeddings.Embeddings(frozen, ids, rows)
     read = torch.tensor([[0, ids[0], 9, ids[1]], [ids[1], ids[1], 1, 2]])
     assert torch.equal(module(read), whole(frozen, ids, rows)(read))
@@ -36,13 +41,25 @@ def test_it_is_a_table_with_the_rows_in_it(ids):
 
 
 def test_only_the_rows_that_are_read_get_a_gradient_and_the_table_none():
-    module = embeddings.Embeddings(table(), [10, 11, 12], torch.randn(3, 4))
+    module = embeddings.Embeddings(table(), [10, 11, 12], short(3, 4))
     module(torch.tensor([[1, 10, 12, 12]])).sum().backward()
     assert module.rows.grad.tolist() == [[1.0] * 4, [0.0] * 4, [2.0] * 4]
     assert not module.weight.requires_grad and module.weight.grad is None
     module.rows.grad = None
     module(torch.tensor([[1, 2]])).sum().backward()  # a batch of empty captions
     assert module.rows.grad.tolist() == [[0.0] * 4] * 3
+
+
+def test_rows_are_used_as_no_longer_than_the_longest_of_the_table():
+    frozen = table()
+    longest = float(frozen.weight.detach().norm(dim=1).max())
+    rows = torch.tensor([[9.0, 0, 0, 0], [0, 0.1, 0, 0], [0, 0, 0, 0]])
+    module = embeddings.Embeddings(frozen, [10, 11, 12], rows)
+    expected = [[longest, 0, 0, 0], [0, 0.1, 0, 0], [0, 0, 0, 0]]
+    torch.testing.assert_close(module(torch.tensor([10, 11, 12])), torch.tensor(expected))
+    module.values().sum().backward()
+    # Along a row that is too long there is nothing to gain; the others are free.
+    assert module.rows.grad[0, 0] == 0 and module.rows.grad[1:].tolist() == [[1.0] * 4] * 2
 
 
 def test_rows_stay_fp32_in_a_text_encoder_of_bf16():
@@ -120,7 +137,7 @@ def saved(folder, tokens, rows):
 
 
 def test_one_token_is_in_the_standard_file_and_several_in_one_each(tmp_path):
-    rows = torch.randn(4, 4)
+    rows = short(4, 4)
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     one = saved(tmp_path / "one", tokens_of(4), rows)

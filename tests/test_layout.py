@@ -111,6 +111,7 @@ BELOW_THE_LOOP = (
     "sharding",
     "tracking",
     "validation",
+    "zero",
 )
 
 

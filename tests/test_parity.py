@@ -96,13 +96,15 @@ def with_prior(base: Base, weights: Weights, batch: Batch) -> torch.Tensor:
 
 
 def new_rows(base: Base, weights: Weights, batch: Batch) -> torch.Tensor:
-    """The new words' embeddings follow the table's."""
+    """The new words' embeddings follow the table's, and are no longer than its longest."""
     (rows,) = (name for name in weights if name.endswith(".rows"))
     name = rows.removesuffix("rows") + "weight"
     table = base.text.get_parameter(name.removeprefix("text_encoder."))
     others = {n: value for n, value in weights.items() if n != rows}
     unet, _ = layers(base, others)
-    table = torch.cat([table, weights[rows]])
+    longest, lengths = table.norm(dim=1).max(), weights[rows].norm(dim=1, keepdim=True)
+    values = torch.where(lengths > longest, weights[rows] * longest / lengths, weights[rows])
+    table = torch.cat([table, values])
     text = reference.encoded(
         base.text, {name.removeprefix("text_encoder."): table}, batch["input_ids"]
     )

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from train import rundir
-from train.config import LoraRun, UserError, load, validate
+from train.config import DreamBoothRun, LoraRun, UserError, load, validate
 
 
 def config(output, **changes):
@@ -137,7 +137,39 @@ def test_too_little_space_is_told_with_both_numbers(tmp_path, monkeypatch):
         rundir.check_space(tmp_path / "not/yet", 3 * 2**30, what="checkpoints")
 
 
-def test_differences_are_dotted_and_pass_over_keys_of_other_versions():
-    old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 5}
-    assert rundir.differences(old, new) == ["a.c: 2 -> 4"]
-    assert rundir.differences(yaml.safe_load("a: 1e-4"), {"a": "1e-4"}) == []
+def test_keys_of_other_versions_are_passed_over(tmp_path):
+    wanted = config(tmp_path)
+    trained(tmp_path, wanted)
+    old = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del old["optim"]["decay"], old["validation"]
+    old |= {"gone": 1, "train": old["train"] | {"gone": {"too": 2}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    assert rundir.check(wanted, result="adapter") is False
+
+
+BLOCKS, OTHERS = {"up_blocks.*": 1}, {"down_blocks.*": 1}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "key"),
+    [
+        ({"blocks": BLOCKS}, {}, "lora.blocks"),
+        ({}, {"blocks": BLOCKS}, "lora.blocks"),
+        ({"blocks": BLOCKS}, {"blocks": OTHERS}, "lora.blocks"),
+        ({"blocks": BLOCKS}, {"blocks": BLOCKS | OTHERS}, "lora.blocks"),
+        ({"text_encoder": {}}, {}, "lora.text_encoder"),
+        ({}, {"text_encoder": {}}, "lora.text_encoder"),
+        ({"text_encoder": {}}, {"text_encoder": {"rank": 2}}, "lora.text_encoder.rank"),
+        (None, {}, "lora"),
+        ({}, None, "lora"),
+    ],
+)
+def test_a_section_that_may_be_left_out_is_compared_too(tmp_path, before, after, key):
+    def run(lora):
+        values = {"output": str(tmp_path), "data": {"path": "pictures"}, "lora": lora}
+        return validate(DreamBoothRun, values | {"dreambooth": {"prior": "none"}}, where="test")
+
+    trained(tmp_path, run(before))
+    assert rundir.check(run(before), result="adapter") is False
+    with pytest.raises(UserError, match=f"another configuration: {key}: [^;]* -> [^;]*$"):
+        rundir.check(run(after), result="adapter")

@@ -1,5 +1,6 @@
-"""train/full.py under FSDP2, on two processes without GPUs."""
+"""train/full.py under FSDP2 and under DeepSpeed, on two processes without GPUs."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -32,8 +33,20 @@ def full_run(world, output, *overrides):
     return [f"--config={config}", *rest]
 
 
-def sharded(*args):
-    return launch("tests/fsdp_on_cpu.py", "train/full.py", *args, processes=2)
+SHARDED = [
+    pytest.param("tests/fsdp_on_cpu.py", id="fsdp"),
+    pytest.param(
+        "tests/deepspeed_on_cpu.py",
+        id="deepspeed",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+        ),
+    ),
+]
+
+
+def sharded(by, *args):
+    return launch(by, "train/full.py", *args, processes=2)
 
 
 def tensors(run):
@@ -53,7 +66,8 @@ def pictures(run):
 
 
 @pytest.mark.slow
-def test_sharded_training_is_training_and_resumes_bit_for_bit(world, tmp_path):
+@pytest.mark.parametrize("by", SHARDED)
+def test_sharded_training_is_training_and_resumes_bit_for_bit(world, tmp_path, by):
     whole, split, resumed = (tmp_path / name for name in ("whole", "split", "resumed"))
     settings = (
         "full.text_encoder=true",
@@ -62,7 +76,7 @@ def test_sharded_training_is_training_and_resumes_bit_for_bit(world, tmp_path):
         "optim.eps=1e-6",  # rounding is not to decide which way a weight without gradient goes
     )
     finish(launch("train/full.py", *full_run(world, whole, *settings), processes=2))
-    finish(sharded(*full_run(world, split, *settings)))
+    finish(sharded(by, *full_run(world, split, *settings)))
     assert distance(whole, split) < 1e-5
     assert pictures(whole).keys() == pictures(split).keys()
 
@@ -70,7 +84,7 @@ def test_sharded_training_is_training_and_resumes_bit_for_bit(world, tmp_path):
     shutil.rmtree(resumed / "full")
     shutil.rmtree(resumed / "checkpoints/step-00000006")
     shutil.rmtree(resumed / "previews/step-00000006")
-    finish(sharded(*full_run(world, resumed, *settings)))
+    finish(sharded(by, *full_run(world, resumed, *settings)))
     assert distance(split, resumed) == 0
     assert pictures(split) == pictures(resumed)
 
@@ -81,21 +95,31 @@ def test_sharded_training_is_training_and_resumes_bit_for_bit(world, tmp_path):
     assert distance(split, resumed) < 1e-5
 
 
+SCHEDULE_FREE = ("optim.name=schedule_free", "optim.schedule=constant")
+
+
 @pytest.mark.slow
-def test_schedule_free_and_the_best_under_bf16(world, tmp_path):
+@pytest.mark.parametrize(
+    ("by", "settings"),
+    [
+        pytest.param(*SHARDED[0].values, SCHEDULE_FREE, id="fsdp-schedule_free"),
+        pytest.param(*SHARDED[1].values, (), id="deepspeed", marks=SHARDED[1].marks),
+    ],
+)
+def test_the_best_under_bf16(world, tmp_path, by, settings):
     """The weights used are gathered too; a validation leaves nothing behind."""
     settings = (
-        "optim.name=schedule_free",
-        "optim.schedule=constant",
+        *settings,
         "train.mixed_precision=bf16",
+        "train.gradient_checkpointing=true",
         "validation.every=2",
         "validation.images=2",
         f"evaluation.path={world / 'pictures'}",
     )
     losses = {}
-    for name, start in (("whole", None), ("split", sharded)):
+    for name in ("whole", "split"):
         run = full_run(world, tmp_path / name, *settings)
-        finish(start(*run) if start else launch("train/full.py", *run, processes=2))
+        finish(sharded(by, *run) if name == "split" else launch("train/full.py", *run, processes=2))
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = [line for line in map(yaml.safe_load, lines) if "loss" in line]
         weights = load_file(tmp_path / name / "checkpoints/step-00000006/model.safetensors")
@@ -119,12 +143,15 @@ def test_a_plain_tensor_is_whole_and_a_plain_model_has_no_shards():
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
 
 @pytest.mark.parametrize(
     ("environment", "settings", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, (), "DeepSpeed.*configs/accelerate/fsdp.yaml"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, (), "zero_stage: 2"),
+        (DEEPSPEED, ("optim.name=adamw8bit",), "optim.name=adamw8bit.*DeepSpeed: use adamw"),
+        (DEEPSPEED, ("train.mixed_precision=fp16",), "mixed_precision=fp16.*DeepSpeed: use.*bf16"),
         (FSDP | {"FSDP_VERSION": "1"}, (), "fsdp_version: 2"),
         (FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, (), "efficient_loading: false"),
         (FSDP, ("optim.name=adamw8bit",), "optim.name=adamw8bit.*FSDP: use one of adamw"),
@@ -139,18 +166,33 @@ def test_what_cannot_be_sharded_is_said(
         full.main(full_run(world, tmp_path / "run", *settings))
 
 
-def test_adapters_are_not_sharded(world, tmp_path, monkeypatch):
-    for key, value in FSDP.items():
+@pytest.mark.parametrize(("environment", "what"), [(FSDP, "FSDP"), (DEEPSPEED, "DeepSpeed")])
+def test_adapters_are_not_sharded(world, tmp_path, monkeypatch, environment, what):
+    for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(UserError, match="FSDP is for full.*multi_gpu.yaml"):
+    with pytest.raises(UserError, match=f"{what} is for full.*multi_gpu.yaml"):
         lora.main(arguments(world, tmp_path / "run"))
 
 
-def test_the_launcher_gives_its_processes_what_the_plan_asks_for():
-    script = "from tests.fsdp_on_cpu import launch_settings; print(launch_settings())"
+def test_deepspeed_is_asked_for(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for key, value in DEEPSPEED.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match=r"pip install 'sd-atelier\[deepspeed\]'"):
+        full.main(full_run(world, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("fsdp_on_cpu", FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}),
+        ("deepspeed_on_cpu", DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}),
+    ],
+)
+def test_the_launcher_gives_its_processes_what_the_plan_asks_for(script, expected):
+    script = f"from tests.{script} import launch_settings; print(launch_settings())"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=os.environ, capture_output=True, text=True
     )
     settings = yaml.safe_load(done.stdout.strip().splitlines()[-1])
-    expected = FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
     assert {key: settings[key] for key in expected} == expected

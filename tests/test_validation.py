@@ -389,9 +389,9 @@ class Looked(nn.Module):
         return batch["value"]
 
 
-def validation(table, output, *, start=0, **settings):
-    config = ValidationConfig(every=2, **settings)
-    return Validation(table, config, output, Accelerator(cpu=True), start=start)
+def validation(table, output, *, start=0, kept=()):
+    config = ValidationConfig(every=2)
+    return Validation(table, config, output, Accelerator(cpu=True), start=start, kept=kept)
 
 
 def course(validation, table, levels):
@@ -401,6 +401,7 @@ def course(validation, table, levels):
         table.level = height
         if validation.due(step, 9):
             found[step] = validation.run(model, step)
+            validation.write(found[step])
     assert model.training and model.one.training and not model.other.training
     return found
 
@@ -408,8 +409,8 @@ def course(validation, table, levels):
 def test_rows_come_back_in_order_whatever_the_batches(tmp_path):
     table = Table()
     found = course(validation(table, tmp_path), table, {0: 0.0})[0]
-    assert found.value == np.arange(12).mean()
-    assert found.metrics["validation/train_loss"] == np.arange(12, 24).mean()
+    assert found.value("loss") == np.arange(12).mean()
+    assert found.metrics()["validation/train_loss"] == np.arange(12, 24).mean()
     (one,) = read(tmp_path)
     np.testing.assert_array_equal(one.held_out.losses, np.arange(12).reshape(3, 4))
     np.testing.assert_array_equal(one.train.losses, np.arange(12, 24).reshape(3, 4))
@@ -419,17 +420,28 @@ def test_it_is_due_before_the_first_step_every_so_often_and_at_the_end(tmp_path)
     some = validation(Table(), tmp_path)
     assert [done for done in range(10) if some.due(done, 9)] == [0, 2, 4, 6, 8, 9]
     assert not any(validation(None, tmp_path).due(done, 9) for done in range(10))
-    assert validation(None, tmp_path).run(Looked(), 0) is None
     off = Validation(Table(), ValidationConfig(every=0), tmp_path, Accelerator(cpu=True), start=0)
     assert not any(off.due(done, 9) for done in range(10))
 
 
 def test_the_best_is_the_lowest_after_training_began(tmp_path):
+    table, best = Table(), []
+    some = validation(table, tmp_path)
+    for step, level in {0: 1.0, 2: 3, 4: 2, 6: 2, 8: math.nan, 9: 1.5}.items():
+        found = course(some, table, {step: level})[step]
+        best += [step] if some.best is found else []
+    assert best == [2, 4, 9]
+
+
+def test_the_best_of_a_resumed_run_is_one_that_has_a_checkpoint(tmp_path):
     table = Table()
-    found = course(
-        validation(table, tmp_path), table, {0: 1.0, 2: 3, 4: 2, 6: 2, 8: math.nan, 9: 1.5}
-    )
-    assert [step for step, result in found.items() if result.best] == [2, 4, 9]
+    course(validation(table, tmp_path), table, {0: 0.0, 2: 3, 4: 1, 6: 2, 8: 2.5})
+    kept = {None: (), 4: (2, 4, 6, 8), 6: (2, 6, 8), 8: (8,)}
+    for best, steps in kept.items():
+        found = validation(table, tmp_path, start=8, kept=steps).best
+        assert best == (found and found.step)
+    # What comes later was measured by the run that is forgotten.
+    assert validation(table, tmp_path, start=2, kept=(2, 4)).best.step == 2
 
 
 def test_it_warns_once_with_figures(tmp_path, capsys):
@@ -443,12 +455,14 @@ def test_it_warns_once_with_figures(tmp_path, capsys):
 def test_a_resumed_run_knows_what_was_measured_up_to_there_and_forgets_the_rest(tmp_path, capsys):
     table = Table()
     course(validation(table, tmp_path), table, {0: 3.0, 2: 1, 4: 2, 6: 2, 8: 0.1})
-    resumed = validation(table, tmp_path, start=6)
+    resumed = validation(table, tmp_path, start=6, kept=(2, 4, 6))
     assert [one.step for one in read(tmp_path)] == [0, 2, 4, 6]
     assert not resumed.due(6, 9) and resumed.due(8, 9)
     capsys.readouterr()
-    found = course(resumed, table, {8: 1.5, 9: 0.5})
-    assert [result.best for result in found.values()] == [False, True]
+    course(resumed, table, {8: 1.5})
+    assert resumed.best.step == 2
+    course(resumed, table, {9: 0.5})
+    assert resumed.best.step == 9
     assert "warning" not in capsys.readouterr().out  # it was given before
     validation(table, tmp_path, start=0)
     assert read(tmp_path) == []
@@ -458,8 +472,18 @@ def test_what_was_measured_on_other_pictures_is_no_measure(tmp_path):
     table, other = Table(), Table()
     course(validation(table, tmp_path), table, {0: 0.0, 2: 0.0})
     other.ids = {**other.ids, "held_out": ["a", "b", "d"]}
-    resumed = validation(other, tmp_path, start=2)
-    assert resumed.due(2, 9) and course(resumed, other, {4: 5.0})[4].best
+    resumed = validation(other, tmp_path, start=2, kept=(2,))
+    assert resumed.due(2, 9) and resumed.best is None
+    assert course(resumed, other, {4: 5.0})[4] is resumed.best
+
+
+def test_what_a_resumed_run_forgets_does_not_hide_what_it_knows(tmp_path):
+    """After step 2 it went on on other pictures."""
+    table, other = Table(), Table()
+    course(validation(table, tmp_path), table, {0: 1.0, 2: 0.0})
+    other.ids = {**other.ids, "held_out": ["a", "b", "d"]}
+    course(validation(other, tmp_path, start=2), other, {4: 0.0})
+    assert validation(table, tmp_path, start=2, kept=(2,)).best.step == 2
 
 
 def test_a_run_that_starts_anew_drops_what_was_said_of_its_base(tmp_path):

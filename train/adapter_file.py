@@ -6,8 +6,8 @@ Nothing here loads weights before `apply`, so a wrong adapter is refused before 
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import Any
 
 from data.tokens import embedding_names
 from train.config import DiffusionConfig, UserError
+from train.inspection import read_json
 
 Shapes = dict[str, tuple[int, ...]]
 Layers = dict[str, tuple[int | None, int | None]]
@@ -32,6 +33,9 @@ _EMBEDDINGS = "learned_embeds*.safetensors"
 _KOHYA = "emb_params"  # what an embedding is called in a file whose own name is its word
 # Of a scheduler's configuration, what an adapter was trained with, and diffusers' defaults.
 _TRAINED_WITH = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+# There, what the base predicts that an adapter was trained on, which training may override. Of the
+# names with an underscore diffusers makes nothing.
+BASE_PREDICTION = "_base_prediction_type"
 
 
 @dataclass(frozen=True)
@@ -245,6 +249,7 @@ def _family(width: int | None, what: str = "cross-attention") -> str:
 def apply(pipeline: Any, adapters: Sequence[Adapter]) -> None:
     """Loads checked adapters, all active together, each at its scale; the pipeline samples as they
     were trained."""
+    check_prediction(adapters, pipeline.scheduler.config.prediction_type)
     for adapter in adapters:
         for file in adapter.embeddings:
             _load(file, pipeline.load_textual_inversion, token=(_word(file) or ("",))[0])
@@ -269,9 +274,9 @@ def trained_with(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """What their own scheduler/scheduler_config.json say of how they were trained, where they have
     one. Raises UserError where they disagree."""
     found: dict[str, Any] = {}
-    for folder in dict.fromkeys(file.parent for adapter in adapters for file in adapter.files):
-        settings = _scheduler(folder / "scheduler" / "scheduler_config.json")
-        for key, value in settings.items():
+    for folder, scheduler in _schedulers(adapters).items():
+        for key, default in _TRAINED_WITH.items():
+            value = scheduler.get(key, default)
             if found.setdefault(key, value) != value:
                 raise UserError(
                     f"adapters={folder} was trained with {key}={value}, another of them with "
@@ -280,22 +285,34 @@ def trained_with(adapters: Sequence[Adapter]) -> dict[str, Any]:
     return found
 
 
-def _scheduler(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        return {key: settings.get(key, default) for key, default in _TRAINED_WITH.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error})") from None
+def _schedulers(adapters: Sequence[Adapter]) -> dict[Path, dict[str, Any]]:
+    """By folder, those of the adapters that have one beside them."""
+    folders = dict.fromkeys(file.parent for adapter in adapters for file in adapter.files)
+    files = {folder: folder / "scheduler" / "scheduler_config.json" for folder in folders}
+    return {folder: read_json(file, "") for folder, file in files.items() if file.is_file()}
+
+
+def check_prediction(adapters: Sequence[Adapter], prediction_type: str) -> None:
+    """Raises UserError for an adapter of a base that predicts something else than this one, as far
+    as its own scheduler/scheduler_config.json says."""
+    for folder, scheduler in _schedulers(adapters).items():
+        base = scheduler.get(BASE_PREDICTION, prediction_type)
+        if base != prediction_type:
+            raise UserError(
+                f"adapters={folder} was trained on a base that predicts {base}, and this one "
+                f"predicts {prediction_type}: use the base it was trained on"
+            )
 
 
 def adopt_scheduler(pipeline: Any, wanted: dict[str, Any]) -> None:
-    """Samples as `trained_with` says where the base's scheduler differs."""
+    """Samples as `trained_with` says where the base's scheduler differs, and says so."""
     from train.models import reschedule
 
     config = pipeline.scheduler.config
     different = {k: v for k, v in wanted.items() if config.get(k, _TRAINED_WITH[k]) != v}
+    if different and os.environ.get("RANK", "0") == "0":
+        said = ", ".join(f"{key}={value}" for key, value in different.items())
+        print(f"note: sampled with {said}, as was trained", flush=True)
     settings = DiffusionConfig(
         prediction_type=different.get("prediction_type"),
         zero_terminal_snr=different.get("rescale_betas_zero_snr", False),

@@ -30,8 +30,8 @@ class Averages(Protocol):
         """What a checkpoint must hold of them beside model and optimizer, by parameter name."""
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Continues as of a checkpoint, from what `state` gave and, as `name/key`, the optimizer's
-        tensors, once the model has its weights."""
+        """Continues as of a checkpoint, from what `state` gave, once the model and the optimizer
+        are as they were then."""
 
 
 def averages_of(
@@ -130,19 +130,8 @@ class ScheduleFree:
     def state(self) -> dict[str, Tensor]:
         return {}
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        for name, parameter in _trainable(self._model).items():
-            if f"{name}/z" in state:
-                z = torch.empty_like(parameter)
-                fill(z, state[f"{name}/z"])
-                self._optimizer.state[parameter]["z"] = z
-        self._as_trained()
-
-    def _as_trained(self) -> None:
-        """Checkpoints hold y."""
-        for group in self._optimizer.param_groups:
-            group["train_mode"] = True
+        """All of it is the optimizer's."""
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

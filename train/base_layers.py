@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import ModelConfig, UserError
-from train.inspection import from_hub, read_json
+from train.inspection import read_json, settings_of
 
 Layers = dict[str, tuple[int, ...]]
 """By module path, the shape of a layer's weight: (outputs, inputs) or (outputs, inputs, k, k)."""
@@ -27,11 +27,12 @@ _KNOWN = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2
 
 
 def of_base(model: ModelConfig) -> dict[str, Layers] | None:
-    """The layers of a base's "unet" and "text_encoder". None where only loading it can tell: for a
-    single file that has its configuration from the hub, or a UNet of unusual blocks."""
-    folder = _configuration(model)
-    if folder is None:
-        return None
+    """The layers of a base's "unet" and "text_encoder". None where only loading it can tell, as of
+    a UNet of unusual blocks."""
+    try:
+        folder = settings_of(model)
+    except UserError:
+        return None  # what needs it will say so
     settings = {part: _json(folder, part) for part in ("unet", "text_encoder")}
     if not _is_usual(settings["unet"]):
         return None
@@ -41,19 +42,6 @@ def of_base(model: ModelConfig) -> dict[str, Layers] | None:
     }
 
 
-def _configuration(model: ModelConfig) -> Path | None:
-    """The folder of a base's JSON."""
-    path = Path(model.path)
-    if path.is_file():
-        return Path(model.config) if model.config and Path(model.config).is_dir() else None
-    if path.is_dir():
-        return path
-    try:
-        return from_hub(model.path, model.revision, ["unet/config.json", "text_encoder/*.json"])
-    except UserError:
-        return None  # what needs it will say so
-
-
 def _json(folder: Path, part: str) -> dict[str, Any]:
     return read_json(folder / part / "config.json", f"{part} has no configuration")
 
@@ -61,17 +49,9 @@ def _json(folder: Path, part: str) -> dict[str, Any]:
 def _is_usual(unet: dict[str, Any]) -> bool:
     blocks = {*unet.get("down_block_types", [None]), *unet.get("up_block_types", [None])}
     middle = unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") == "UNetMidBlock2DCrossAttn"
-    plain = isinstance(unet.get("layers_per_block", 2), int)
-    return (
-        blocks <= _KNOWN
-        and middle
-        and plain
-        and unet.get("transformer_layers_per_block")
-        in (
-            None,
-            1,
-        )
-    )
+    even = isinstance(unet.get("layers_per_block", 2), int)
+    single = unet.get("transformer_layers_per_block") in (None, 1)
+    return blocks <= _KNOWN and middle and even and single
 
 
 def unet_layers(config: dict[str, Any]) -> Layers:

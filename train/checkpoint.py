@@ -5,7 +5,7 @@ A checkpoint is a folder `step-00000100` with `model.safetensors` (the trainable
 name), `optimizer.safetensors` (its state by parameter name), with a moving average
 `averages.safetensors`, and `manifest.json` (step, sizes, hashes, scalars). The learning rate, the
 data position and all randomness are functions of the step and need no state. Beside them
-`best.json` names the step to be kept for its held-out loss.
+`best.json` tells which of them is kept for its held-out loss.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -44,6 +45,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int, writes: bool = True) -> None:
         self.folder, self.keep, self.writes = folder, keep, writes
+        self._best: int | None = None
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
@@ -65,7 +67,7 @@ class Checkpoints:
         model is sharded all of them have a part.
 
         averages: what `Averages.state` gives. Raises RunFailed, and leaves the older checkpoints,
-        where a parameter is not finite.
+        where a parameter is not finite or the disk does not take it.
         """
         if not self.writes:
             if is_sharded(model):
@@ -77,7 +79,14 @@ class Checkpoints:
         files = {"model": state, "optimizer": tensors}
         if averages:
             files["averages"] = {name: _on_cpu(tensor) for name, tensor in averages.items()}
-        self._write(step, files, {"optimizer": scalars, **facts})
+        try:
+            self._write(step, files, {"optimizer": scalars, **facts})
+        except (OSError, SafetensorError) as error:
+            self._clean()
+            raise RunFailed(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error}. "
+                "Free space there; the same command then goes on from the checkpoint before it"
+            ) from None
         self._prune(step)
 
     def _write(
@@ -98,27 +107,20 @@ class Checkpoints:
         os.replace(temporary, self.path(step))
         sync(self.folder)
 
-    def mark_best(self, step: int, metric: str, value: float) -> None:
-        """Keeps the checkpoint of `step`, which is there, as the best by `metric`, until another is
-        better. Called by one process."""
+    def mark_best(self, step: int | None, **facts: Any) -> None:
+        """Keeps the checkpoint of `step`, which is there, until another is better; None keeps none.
+        best.json, for whoever looks, has the facts too; nothing here reads it."""
+        self._best = step
+        if self.writes and step is None:
+            (self.folder / _BEST).unlink(missing_ok=True)
+        elif self.writes:
+            self._write_best({"step": step, **facts})
+
+    def _write_best(self, content: dict[str, Any]) -> None:
         temporary = self.folder / f"{_TEMPORARY}{_BEST}"
-        write_synced(temporary, json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
+        write_synced(temporary, json.dumps(content) + "\n")
         os.replace(temporary, self.folder / _BEST)
         sync(self.folder)
-
-    def best(self) -> dict[str, Any] | None:
-        """{"step", "metric", "value"} of the best checkpoint, if one was marked and is there."""
-        try:
-            found = dict(json.loads((self.folder / _BEST).read_text(encoding="utf-8")))
-            return found if found["step"] in self.steps() else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # it costs a choice, not the run
-
-    def _forget_best_after(self, step: int) -> None:
-        """A run that goes on from before its best has not been there yet."""
-        best = self.best()
-        if self.writes and (best is None or best["step"] > step):
-            (self.folder / _BEST).unlink(missing_ok=True)
 
     def _refuse_non_finite(self, step: int, state: dict[str, Tensor]) -> None:
         broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
@@ -154,7 +156,6 @@ class Checkpoints:
                 print(f"warning: {error}; falling back to the checkpoint before it", flush=True)
                 continue
             self._load(self.path(step), manifest, model, optimizer, averages)
-            self._forget_best_after(step)
             return step
         if damage:
             raise DamagedCheckpoint(
@@ -163,12 +164,15 @@ class Checkpoints:
             )
         return 0
 
-    def load_weights(self, step: int, model: nn.Module, averages: Averages) -> None:
-        """The weights of a checkpoint and their averages, without what training needs. Raises
-        DamagedCheckpoint."""
-        verify(self.path(step))
-        load_trainable(model, load_file(self.path(step) / "model.safetensors"))
-        averages.load(_beside_the_model(self.path(step)))
+    def load(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        averages: Averages | None = None,
+    ) -> None:
+        """Loads the checkpoint of `step`. Raises DamagedCheckpoint."""
+        self._load(self.path(step), verify(self.path(step)), model, optimizer, averages)
 
     def _load(
         self,
@@ -182,14 +186,14 @@ class Checkpoints:
         tensors = load_file(path / "optimizer.safetensors")
         load_optimizer(model, optimizer, tensors, manifest["optimizer"])
         if averages is not None:
-            averages.load(_beside_the_model(path))
+            file = path / "averages.safetensors"
+            averages.load(load_file(file) if file.exists() else {})
 
     def _prune(self, newest: int) -> None:
         """Leaves the `keep` up to `newest`; what is newer was damaged, and will be replaced."""
-        best = self.best()
         until = [step for step in self.steps() if step <= newest]
         for step in until[: -self.keep]:
-            if best is None or step != best["step"]:
+            if step != self._best:
                 shutil.rmtree(self.path(step))
 
     def _clean(self) -> None:
@@ -220,12 +224,6 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _beside_the_model(path: Path) -> dict[str, Tensor]:
-    """A checkpoint's averages by parameter name, and the optimizer's tensors as `name/key`."""
-    files = [path / f"{name}.safetensors" for name in ("optimizer", "averages")]
-    return {k: v for file in files if file.exists() for k, v in load_file(file).items()}
-
-
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that train, by name, on the CPU."""
     return {name: _on_cpu(parameter) for name, parameter in _trainable(model)}
@@ -254,13 +252,20 @@ def _gather_for_another(
 
 @torch.no_grad()
 def load_trainable(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copies saved values into the trainable parameters, whose dtype (fp32) stays."""
+    """Copies saved values into the trainable parameters, whose dtype (fp32) stays. Raises
+    DamagedCheckpoint where they are others, or of other shapes."""
     wanted = dict(_trainable(model))
     if wanted.keys() != state.keys():
         odd = sorted(wanted.keys() ^ state.keys())[:3]
         raise DamagedCheckpoint(
             f"the checkpoint holds other parameters than the model: {', '.join(odd)}"
         )
+    for name, parameter in wanted.items():
+        if parameter.shape != state[name].shape:
+            raise DamagedCheckpoint(
+                f"the checkpoint holds another model: its {name} is {tuple(state[name].shape)}, "
+                f"not {tuple(parameter.shape)}"
+            )
     for name, parameter in wanted.items():
         fill(parameter, state[name])
 

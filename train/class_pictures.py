@@ -119,9 +119,9 @@ class Planned:
             raise UserError(f"dreambooth.class_path={path}: {error}") from None
 
     def _settings(self, one: Class, path: str) -> SourceConfig:
-        """Whatever captions its pictures have, they stand for the class."""
+        """Its pictures have their own captions, or else the class prompt."""
         first = self.config.data.named_sources()[one.sources[0]]
-        facts = {"replace": one.prompt, "max_tokens": first.tokens}
+        facts = {"max_tokens": first.tokens, "wildcards": "{" in one.prompt}
         worded = CaptionConfig.model_validate(facts)
         # A slash, which no source's name has, keeps the ids of the two apart.
         return SourceConfig(
@@ -215,6 +215,8 @@ class Planned:
 
     def _doubled(self, one: Class, settings: SourceConfig) -> SourceConfig:
         worded = self._settings(one, settings.path).captions
+        assert worded is not None
+        worded = worded.model_copy(update={"replace": one.prompt})
         return settings.model_copy(update={"name": f"class/{settings.name}", "captions": worded})
 
     def _part(

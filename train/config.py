@@ -336,7 +336,8 @@ class LoopConfig(Section):
                 f"optim.warmup_steps={self.optim.warmup_steps} must be less than "
                 f"train.steps={self.train.steps}"
             )
-        if self.optim.final_learning_rate > self.optim.learning_rate:
+        falls = self.optim.schedule != "constant"
+        if falls and self.optim.final_learning_rate > self.optim.learning_rate:
             raise ValueError(
                 f"optim.final_learning_rate={self.optim.final_learning_rate} must not exceed "
                 f"optim.learning_rate={self.optim.learning_rate}"

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from train.config import PreviewConfig, RunConfig, UserError
+from PIL import Image
+
+from data.images import open_image
+from data.maps import open_depth, open_mask
+from data.noising import Noising
+from train.config import DiffusionConfig, PreviewConfig, RunConfig, UserError
 from train.families import BaseModel
 from train.models import check_zero_snr
 
@@ -20,7 +26,8 @@ def check_settings(config: RunConfig, base: BaseModel) -> None:
             "are made of pictures that are kept: set data.streaming=false"
         )
     if config.diffusion.zero_terminal_snr:
-        check_zero_snr(config.diffusion.prediction_type or base.prediction_type or "")
+        check_zero_snr(config.diffusion.prediction_type or base.prediction_type)
+    Noising.of(config.diffusion, base.timesteps)
     _check_previews(config.preview, base)
 
 
@@ -45,7 +52,8 @@ def _check_previews(preview: PreviewConfig, base: BaseModel) -> None:
         return
     if not (preview.every and preview.prompts):
         return
-    end = companion_end(base)
+    end = base.family.companion
+    opened = open_depth if base.family.depth else open_mask
     if len(preview.images) != len(preview.prompts):
         raise UserError(
             f"preview.images has {len(preview.images)} pictures for {len(preview.prompts)} "
@@ -53,49 +61,61 @@ def _check_previews(preview: PreviewConfig, base: BaseModel) -> None:
             "them, or preview.every=0"
         )
     for picture in preview.images:
-        companion = picture.with_suffix(end)
-        _check_readable(picture, picture)
-        _check_readable(picture, companion)
-        if base.family.depth and _is_flat(companion):
-            raise UserError(f"preview.images={picture}: {companion} is a depth map without depth")
+        _read(picture, picture, open_image)
+        companion = _read(picture, picture.with_suffix(end), opened)
+        least, most = companion.getextrema()
+        if base.family.depth and least == most:
+            raise UserError(
+                f"preview.images={picture}: {picture.with_suffix(end)} is a depth map without depth"
+            )
 
 
-def companion_end(base: BaseModel) -> str:
-    """How the name of what lies beside a preview's picture ends."""
-    return ".depth.png" if base.family.depth else ".mask.png"
-
-
-def _check_readable(picture: Path, file: Path) -> None:
-    from PIL import Image
-
+def _read(picture: Path, file: Path, opened: Callable[[Path], Image.Image]) -> Image.Image:
+    """`file`, to the last pixel: previews come when a run is under way."""
     try:
-        with Image.open(file):
-            pass
-    except OSError as error:
+        return opened(file)
+    except Exception as error:  # a damaged file can raise nearly anything in a decoder
+        reason = getattr(error, "strerror", None) or error
         remedy = "" if file == picture else f", which has to lie beside {picture.name}"
         raise UserError(
-            f"preview.images={picture}: cannot read {file}{remedy} ({error.strerror or error})"
+            f"preview.images={picture}: cannot read {file}{remedy} ({reason})"
         ) from None
-
-
-def _is_flat(file: Path) -> bool:
-    from PIL import Image
-
-    with Image.open(file) as image:
-        least, most = image.convert("L" if image.mode in ("RGB", "P") else image.mode).getextrema()
-    return least == most
 
 
 def notes(config: RunConfig, base: BaseModel) -> list[str]:
     """What is allowed and seldom meant."""
-    sides = config.data.resolutions
-    if base.resolution is None:
-        return []
-    native = base.resolution
-    if any(max(side, native) < _FAR * min(side, native) for side in sides):
-        return []
+    found = [
+        _resolution_note(config.data.resolutions, base.resolution),
+        _first_step_note(config.diffusion, base),
+        "the base looks distilled, to sample in a few steps: training does not keep that"
+        if base.distilled
+        else None,
+    ]
+    return [note for note in found if note]
+
+
+def _resolution_note(sides: Sequence[int], native: int | None) -> str | None:
+    if native is None or any(max(side, native) < _FAR * min(side, native) for side in sides):
+        return None
     given = ", ".join(map(str, sides))
-    return [
+    return (
         f"data.resolution={given}, and the base was trained at {native} px: far from that it "
         f"learns slowly and composes badly; data.resolution={native} suits it"
-    ]
+    )
+
+
+def _first_step_note(diffusion: DiffusionConfig, base: BaseModel) -> str | None:
+    """Zero terminal SNR is for the step that sampling starts from."""
+    last = base.timesteps - 1
+    if not diffusion.zero_terminal_snr:
+        return None
+    if diffusion.max_timestep is not None and diffusion.max_timestep < last:
+        reason = f"diffusion.max_timestep={diffusion.max_timestep} is below it"
+    elif diffusion.min_snr_gamma is not None:
+        reason = "diffusion.min_snr_gamma gives it the weight 0"
+    else:
+        return None
+    return (
+        f"with diffusion.zero_terminal_snr sampling starts at timestep {last}, which is never "
+        f"trained: {reason}; leave one of the two out"
+    )

@@ -19,24 +19,36 @@ from train.new_tokens import NewToken
 class Embeddings(nn.Module):
     """A table (V, D) whose weight is frozen, and trainable rows (n, D), fp32, for the ids (n,).
 
-    forward: ids (...) -> embeddings (..., D) in the table's dtype, as a table with these rows in it
+    forward: ids (...) -> embeddings (..., D) in the table's dtype, as a table with `values` in it
     would give them. Only the rows get a gradient, so that no optimizer state, weight decay or
     rounding touches the rest.
+
+    The values are the rows, shortened where they are longer than the longest of the table: Adam
+    carries rows far beyond it where its rate is high, and the text encoder never saw such. On the
+    toy world at a sane rate that changed nothing (75 % of the way to the real subject with and
+    without), at three times that rate it kept 75 % against 66 % at six times the longest norm.
     """
 
     def __init__(self, table: nn.Embedding, ids: Sequence[int], rows: Tensor) -> None:
         super().__init__()
         self.weight = table.weight.requires_grad_(False)  # first: its dtype is the encoder's
         self.rows = nn.Parameter(rows.to(torch.float32))
+        self.ids: Tensor
+        self.longest: Tensor
         ids_ = torch.tensor(ids, device=table.weight.device)
         self.register_buffer("ids", ids_, persistent=False)
-        self.ids: Tensor
+        self.register_buffer("longest", self.weight.float().norm(dim=1).max(), persistent=False)
+
+    def values(self) -> Tensor:
+        """The rows as they are used, (n, D)."""
+        length = self.rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return self.rows * (self.longest / length).clamp(max=1)
 
     def forward(self, ids: Tensor) -> Tensor:
         match = ids.unsqueeze(-1) == self.ids  # (..., n)
         new = match.any(-1)
         frozen = functional.embedding(ids.masked_fill(new, 0), self.weight)
-        trained = functional.embedding(match.int().argmax(-1), self.rows)
+        trained = functional.embedding(match.int().argmax(-1), self.values())
         return torch.where(new.unsqueeze(-1), trained.to(frozen.dtype), frozen)
 
 
@@ -71,13 +83,13 @@ def _mean(rows: Tensor) -> Tensor:
 
 
 def save(embeddings: Embeddings, tokens: Sequence[NewToken], directory: Path) -> None:
-    """Writes each token's rows as {token: (n, D)}, fp32, as diffusers' `load_textual_inversion`
+    """Writes each token's values as {token: (n, D)}, fp32, as diffusers' `load_textual_inversion`
     reads it: learned_embeds.safetensors for one token, learned_embeds-NAME.safetensors for several.
 
     Raises UserError where they are not finite.
     """
     counts = [len(token.ids) for token in tokens]
-    parts = embeddings.rows.detach().cpu().split(counts)
+    parts = embeddings.values().detach().cpu().split(counts)
     for token, name, rows in zip(tokens, file_names(tokens), parts, strict=True):
         if not rows.isfinite().all():
             raise UserError(

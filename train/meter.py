@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,9 @@ class Meter:
         steps: int,
         start: int,
         every: int,
+        before: Mapping[str, float] | None = None,
     ) -> None:
+        """before: what `state` gave at step `start`."""
         self._accelerator, self._trackers = accelerator, trackers
         self._steps, self._every = steps, every
         self._bar = tqdm(
@@ -39,12 +41,45 @@ class Meter:
             dynamic_ncols=True,
             mininterval=1.0,
         )
+        self._paused: float | None = None
         self._reset()
+        if before is not None:
+            self._go_on(before)
 
     def _reset(self) -> None:
         self._since, self._waited = time.perf_counter(), 0.0
         self._count = self._images = 0
         self._loss = torch.zeros((), device=self._accelerator.device)
+
+    def state(self) -> dict[str, float]:
+        """Of the line that is not full yet, over all processes, which meet here."""
+        loss, images = self._summed()
+        return {
+            "loss": loss,
+            "images": images,
+            "steps": self._count,
+            "seconds": self._seconds(),
+            "waited": self._waited,
+        }
+
+    def _go_on(self, before: Mapping[str, float]) -> None:
+        self._count = int(before["steps"])
+        self._since -= before["seconds"]
+        self._waited = before["waited"]
+        if self._accelerator.is_main_process:  # the sums are of all processes
+            self._loss += before["loss"]
+            self._images = int(before["images"])
+
+    def _summed(self) -> tuple[float, float]:
+        """Losses and images of all processes."""
+        mine = torch.stack([self._loss, torch.full_like(self._loss, self._images)])
+        loss, images = self._accelerator.reduce(mine, reduction="sum").tolist()
+        return loss, images
+
+    def _seconds(self) -> float:
+        """Of training."""
+        now = time.perf_counter() if self._paused is None else self._paused
+        return now - self._since
 
     def waiting(self, batches: Iterable[Any]) -> Iterable[Any]:
         """Passes batches through and adds up the time spent waiting for them."""
@@ -61,9 +96,10 @@ class Meter:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Time spent within is not counted as training."""
-        before = time.perf_counter()
+        self._paused = time.perf_counter()
         yield
-        self._since += time.perf_counter() - before
+        self._since += time.perf_counter() - self._paused
+        self._paused = None
 
     def record(
         self,
@@ -85,9 +121,7 @@ class Meter:
         self._bar.update()
         if done % self._every and done != self._steps:
             return
-        mine = torch.stack([self._loss, torch.full_like(self._loss, self._images)])
-        total, seen = self._accelerator.reduce(mine, reduction="sum").tolist()
-        seconds = time.perf_counter() - self._since
+        (total, seen), seconds = self._summed(), self._seconds()
         loss_mean = total / self._count
         if not math.isfinite(loss_mean):
             raise RunFailed(

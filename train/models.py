@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import DiffusionConfig, ModelConfig, RunConfig, UserError
-from train.families import BaseModel, Family, detect
+from train.families import BaseModel, Family, detect, family_of
 from train.inspection import from_hub, inspect, read_json
 
 if TYPE_CHECKING:
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from train.method import Pipeline
 
 _DEPTH_PARTS = ("depth_estimator", "feature_extractor")
+_NEVER_SAMPLE = {  # schedulers of diffusers that cannot step what a model says of the picture
+    "PNDMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+}
 
 _WINDOWS = 8  # of 77 tokens, encoded at once
 
@@ -43,7 +49,8 @@ def load_pipeline(
 
     Without safety checker, and for a depth model without depth estimator: depth maps are files
     here. config: for a single file, whose configuration to take. dtype: of all parts; default fp32.
-    Raises UserError where the weights cannot be had.
+    Its `described_in` is the folder or hub id, and the revision, of its configuration. Raises
+    UserError where the weights cannot be had.
     """
     import torch
 
@@ -54,9 +61,11 @@ def load_pipeline(
     if Path(path).is_file():
         config = single_file.configuration(Path(path), config, base.family)
         pipeline = single_file.load(Path(path), base.family, config=config, dtype=dtype)
+        pipeline.described_in = (config, None)
         source = f"model.config={config}"
     else:
         pipeline = _from_folder(path, revision, base.family, dtype)
+        pipeline.described_in = (path, revision)
         source = f"model.path={path}"
     detect(path, dict(pipeline.unet.config), pipeline.text_encoder.config.to_dict())
     _check_tokenizer(pipeline.tokenizer, source)
@@ -96,10 +105,11 @@ def load_base(config: RunConfig, accelerator: Accelerator) -> Pipeline:
     """The base of a training run: frozen, in fp32, on the accelerator's device.
 
     What the configuration overrides reaches the scheduler, so that previews and exports sample as
-    was trained.
+    was trained; the checkpoint's own stays beside it as `base_scheduler`.
     """
     model = config.model
     pipeline = load_pipeline(model.path, revision=model.revision, config=model.config)
+    pipeline.base_scheduler = pipeline.scheduler
     pipeline.scheduler = reschedule(pipeline.scheduler, config.diffusion)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False).eval()
@@ -112,8 +122,8 @@ def reschedule(scheduler: Any, config: DiffusionConfig) -> Any:
     """A checkpoint's scheduler with the prediction type and zero terminal SNR of the configuration.
 
     Zero terminal SNR also makes sampling begin at the last timestep (Lin et al. 2023, sections 3.1
-    and 3.3), and takes DDIM where the checkpoint's scheduler does not know it. Raises UserError for
-    a model that predicts epsilon.
+    and 3.3). DDIM takes the place of a scheduler that does not know what is asked of it. Raises
+    UserError for zero terminal SNR of a model that predicts epsilon.
     """
     import diffusers
 
@@ -121,14 +131,22 @@ def reschedule(scheduler: Any, config: DiffusionConfig) -> Any:
     changes: dict[str, Any] = {}
     if config.prediction_type:
         changes["prediction_type"] = config.prediction_type
+        if config.prediction_type == "sample" and kind.__name__ in _NEVER_SAMPLE:
+            kind = diffusers.DDIMScheduler
     if config.zero_terminal_snr:
         check_zero_snr(config.prediction_type or scheduler.config.prediction_type)
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         if "rescale_betas_zero_snr" not in signature(kind).parameters:
-            # DDIM's own default clips the picture that it predicts to [-1, 1], and latents go
-            # beyond.
-            kind, changes["clip_sample"] = diffusers.DDIMScheduler, False
-    return kind.from_config(scheduler.config, **changes) if changes else scheduler
+            kind = diffusers.DDIMScheduler
+    return converted(scheduler, kind, **changes) if changes else scheduler
+
+
+def converted(scheduler: Any, kind: Any, **changes: Any) -> Any:
+    """A scheduler of class `kind` on the schedule of another, with `changes` to its settings."""
+    # The default of DDIM and DDPM clips the picture that they predict to [-1, 1], and latents go
+    # beyond.
+    changes["clip_sample"] = scheduler.config.get("clip_sample", False)
+    return kind.from_config(scheduler.config, **changes)
 
 
 def check_zero_snr(prediction_type: str) -> None:
@@ -145,38 +163,61 @@ def add_depth_estimator(pipeline: Pipeline, directory: Path) -> None:
     """Completes the folder that a depth pipeline was saved to with the depth estimator of its base,
     which was not loaded, so that diffusers can load it as it stands.
 
-    Where there is none, diffusers wants `from_pretrained(FOLDER, depth_estimator=None,
-    feature_extractor=None)` and a `depth_map` for each picture.
+    Prints a note where there is none: diffusers then wants to be told so, and a `depth_map` for
+    each picture.
     """
-    path = pipeline.config.get("_name_or_path")
-    if not hasattr(pipeline, "prepare_depth_map") or not path:
+    if not family_of(pipeline).depth:
         return
+    try:
+        base, parts = _depth_estimator(*pipeline.described_in)
+    except UserError as error:
+        print(
+            f"note     {directory} has no depth estimator ({error}). Load it with from_pretrained("
+            "FOLDER, depth_estimator=None, feature_extractor=None), and give a depth_map",
+            flush=True,
+        )
+        return
+    for part in _DEPTH_PARTS:
+        (directory / part).mkdir()
+        for file in _safe_files(base / part):
+            shutil.copyfile(file, directory / part / file.name)
+    index = directory / "model_index.json"
+    complete = read_json(index, "not a diffusers folder?") | parts
+    index.write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
+
+
+def _depth_estimator(path: str, revision: str | None) -> tuple[Path, dict[str, list[str]]]:
+    """The folder of a base with its depth estimator, and what model_index.json has to say of that.
+    Raises UserError where it has none in safetensors."""
     base = Path(path)
     if not base.is_dir():
-        try:
-            wanted = ["model_index.json", *(f"{part}/*" for part in _DEPTH_PARTS)]
-            base = from_hub(path, None, wanted)
-        except UserError as error:
-            print(f"note     {directory} has no depth estimator: {error}", flush=True)
-    if not all((base / part).is_dir() for part in _DEPTH_PARTS):
-        return
-    source = read_json(base / "model_index.json", "not a diffusers folder?")
-    file = directory / "model_index.json"
-    index = read_json(file, "not a diffusers folder?")
-    for part in _DEPTH_PARTS:
-        shutil.copytree(base / part, directory / part)
-        library, name = source[part]
-        # Which was the image processor's name before transformers 5.
-        index[part] = [library, name.replace("FeatureExtractor", "ImageProcessor")]
-    file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        wanted = [f"{part}/*.{end}" for part in _DEPTH_PARTS for end in ("json", "safetensors")]
+        base = from_hub(path, revision, ["model_index.json", *wanted])
+    index = read_json(base / "model_index.json", "not a diffusers folder?")
+    parts = {}
+    for part, end in zip(_DEPTH_PARTS, (".safetensors", ".json"), strict=True):
+        match index.get(part):
+            case [str(library), str(name)] if end in {f.suffix for f in _safe_files(base / part)}:
+                # Which was the image processor's name before transformers 5.
+                parts[part] = [library, name.replace("FeatureExtractor", "ImageProcessor")]
+            case _:
+                raise UserError(f"{base} has no {part}, or not as safetensors")
+    return base, parts
+
+
+def _safe_files(folder: Path) -> list[Path]:
+    """Without pickles and variants."""
+    patterns = ("*.json", "model.safetensors", "model-*-of-*.safetensors")
+    return [file for pattern in patterns for file in folder.glob(pattern)]
 
 
 def store_in(pipeline: Pipeline, mixed_precision: str) -> None:
     """Keeps frozen weights in the precision of the forward pass, at half the memory.
 
-    Comes after caching, which is done in fp32, and never for weights that train.
+    Comes after caching, which is done in fp32, and before anything is made to train.
     """
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        assert not any(parameter.requires_grad for parameter in module.parameters())
         module.to(dtype_of(mixed_precision))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -147,16 +147,21 @@ def lowest(history: Sequence[Measured], metric: Metric) -> Measured | None:
     return min(finite, key=lambda one: one.value(metric), default=None)
 
 
+def best_of(history: Sequence[Measured], kept: Collection[int], metric: Metric) -> Measured | None:
+    """The lowest after training began, of the steps whose checkpoints are `kept`."""
+    return lowest([one for one in history if one.step > 0 and one.step in kept], metric)
+
+
 def standard_error(values: np.ndarray) -> float:
     """Of the mean of independent values (n,); nan for fewer than two."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def read(folder: Path) -> list[Measured]:
-    """All validations of a run that can be compared with its last, by step; unreadable files are
-    left out."""
+def read(folder: Path, *, until: float = math.inf) -> list[Measured]:
+    """All validations of a run up to a step that can be compared with the last of them, by step;
+    unreadable files are left out."""
     found = [_read(path) for path in sorted(folder.glob("step-*.json"))]
-    intact = [one for one in found if one is not None]
+    intact = [one for one in found if one is not None and one.step <= until]
     return [one for one in intact if one.held_out.same_as(intact[-1].held_out)]
 
 

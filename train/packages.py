@@ -21,3 +21,12 @@ def require_optimizer(name: str) -> None:
         raise UserError(
             f"optim.name={name} needs {module}: pip install {installs}, or use optim.name=adamw"
         )
+
+
+def require_deepspeed() -> None:
+    """Raises UserError where DeepSpeed, for which the launcher asks, is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "DeepSpeed is not installed: pip install 'sd-atelier[deepspeed]', or launch with "
+            "--config_file configs/accelerate/fsdp.yaml, which splits more over the GPUs"
+        )

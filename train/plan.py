@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from data.checks import token_counter
 from data.listing import few
 from train import demands, models, pictures, rundir, validation_data
-from train.config import FullRun, RunConfig, UserError
+from train.config import FullRun, RunConfig, TextualInversionRun, UserError
 from train.models import BaseModel
-from train.packages import require_optimizer
+from train.packages import require_deepspeed, require_optimizer
 from train.pictures import Pictures
 
 if TYPE_CHECKING:
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 _HASHED = ("unet", "vae", "text_encoder")
 _SHARDED_OPTIMIZERS = ("adamw", "schedule_free")  # the others' states are not like the weights
+_DEEPSPEED = {
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none",
+}
 _SLACK_BYTES = 64 * 2**20  # metrics, previews, reports
 
 
@@ -126,19 +132,18 @@ def _check_space(config: RunConfig, base: BaseModel, found: Pictures, trainable_
     inpainting = base.family.inpainting
     cached = pictures.cache_bytes(found, config=config.data, inpainting=inpainting)
     rundir.check_space(config.data.cache, cached, what="cached latents and captions")
-    # Parameters and Adam's two moments, the kept checkpoints and the one being written; the result.
-    checkpoints = 3 * trainable_bytes * (config.checkpoint.keep + 1) + trainable_bytes
-    rundir.check_space(config.output, checkpoints + _SLACK_BYTES, what="checkpoints")
+    # Parameters, Adam's two moments and the average; the result.
+    one = trainable_bytes * (3 + (config.train.ema_decay is not None))
+    # The newest, the one being written, and the best.
+    count = config.checkpoint.keep + 1 + (validation_data.settings(config) is not None)
+    needed = count * one + trainable_bytes + _SLACK_BYTES
+    rundir.check_space(config.output, needed, what="checkpoints")
 
 
 def _check_launcher(config: RunConfig) -> None:
     """What `accelerate launch` was told, as its processes see it."""
     if _launched_with("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "DeepSpeed takes gradients, clipping and the optimizer out of the training loop, which "
-            "then could not resume exactly: launch with --config_file "
-            "configs/accelerate/fsdp.yaml, which splits as much over the GPUs"
-        )
+        _check_deepspeed(config)
     if not _launched_with("ACCELERATE_USE_FSDP"):
         return
     if not isinstance(config, FullRun):
@@ -158,6 +163,26 @@ def _check_launcher(config: RunConfig) -> None:
             f"optim.name={config.optim.name} does not work with FSDP: use one of "
             f"{', '.join(_SHARDED_OPTIMIZERS)}"
         )
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    if not isinstance(config, FullRun):
+        raise UserError(
+            "DeepSpeed is for full fine-tuning (train/full.py): launch this with --config_file "
+            "configs/accelerate/multi_gpu.yaml"
+        )
+    if any(os.environ.get(name, usual) != usual for name, usual in _DEEPSPEED.items()):
+        raise UserError(
+            "DeepSpeed works here with zero_stage: 2 and nothing offloaded: launch with "
+            "--config_file configs/accelerate/deepspeed.yaml"
+        )
+    if config.optim.name != "adamw" or config.train.mixed_precision == "fp16":
+        raise UserError(
+            f"optim.name={config.optim.name} with train.mixed_precision="
+            f"{config.train.mixed_precision} does not work with DeepSpeed: use adamw, and bf16 or "
+            "no; or launch with --config_file configs/accelerate/fsdp.yaml"
+        )
+    require_deepspeed()
 
 
 def _launched_with(variable: str) -> bool:
@@ -189,7 +214,27 @@ def _check_held_out(config: RunConfig, found: Pictures) -> list[str]:
             "evaluation.path=null"
         )
     held_out = validation_data.find(config)
-    return [] if held_out is None else validation_data.describe(config, held_out, found)
+    if held_out is not None:
+        _check_held_out_tokens(config, held_out)
+        return validation_data.describe(config, held_out, found)
+    if config.validation.use_best:
+        raise UserError(
+            "validation.use_best=true needs held-out pictures to find the best on: give "
+            "validation.path= (or evaluation.path=) and a validation.every above 0, or leave it out"
+        )
+    return []
+
+
+def _check_held_out_tokens(config: RunConfig, held_out: Pictures) -> None:
+    """Raises UserError where only new words train and no held-out caption has one."""
+    if not isinstance(config, TextualInversionRun) or config.lora is not None:
+        return
+    words = [token.token for token in config.textual_inversion.tokens]
+    if not any(word in text.lower() for _, text in held_out.worded() for word in words):
+        raise UserError(
+            f"no caption of the held-out pictures holds {' or '.join(words)}, so their loss cannot "
+            "change: write one into each, or do without validation, validation.every=0"
+        )
 
 
 def _check_output(config: RunConfig) -> None:

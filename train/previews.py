@@ -15,7 +15,10 @@ from accelerate import Accelerator
 from PIL import Image, ImageOps
 from torch import nn
 
+from data.images import open_image
+from data.maps import open_depth, open_mask
 from train.config import PreviewConfig
+from train.families import Family, family_of
 from train.method import Method
 
 
@@ -27,7 +30,10 @@ class Previews:
         self._active = bool(config.every and config.prompts)
 
     def base(self, method: Method) -> None:
-        """The untrained model's pictures; to be called before the first step."""
+        """The untrained model's pictures, and none else: at step 0 nothing binds a run to what was
+        shown before, perhaps of another base."""
+        if self._accelerator.is_main_process:
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._write(method, "base")
 
     def render(self, method: Method, step: int) -> None:
@@ -72,7 +78,7 @@ class Previews:
         assert side is not None
         size: dict[str, Any] = {"width": side, "height": side}
         if config.images:
-            size = beside(pipeline, config.images[k], side)
+            size = beside(family_of(pipeline), config.images[k], side)
         # A generator on the CPU: the same picture on every kind of device.
         generator = torch.Generator("cpu").manual_seed(config.seed + k)
         result = pipeline(
@@ -104,32 +110,27 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def beside(pipeline: Any, picture: Path, side: int) -> dict[str, Any]:
+def beside(family: Family, picture: Path, side: int) -> dict[str, Any]:
     """What a depth or inpainting pipeline is called with beside a prompt, for pictures of `side` x
     `side` pixels: the picture and its NAME.depth.png, all of it to be drawn anew, or its
     NAME.mask.png, to be painted where that is white."""
-    image = square(picture, side, Image.Resampling.LANCZOS, "RGB")
-    if hasattr(pipeline, "prepare_depth_map"):
+    image = square(open_image(picture), side, Image.Resampling.LANCZOS)
+    companion = picture.with_suffix(family.companion)
+    if family.depth:
         # At the size of the latents already, where diffusers would resize without a filter.
-        depth = square(picture.with_suffix(".depth.png"), side // 8, Image.Resampling.BICUBIC, "F")
+        depth = square(open_depth(companion), side // 8, Image.Resampling.BICUBIC)
         return {
             "image": image,
             "depth_map": torch.from_numpy(np.array(depth))[None],
             "strength": 1.0,
         }
-    mask = square(picture.with_suffix(".mask.png"), side, Image.Resampling.BOX, "L")
+    mask = square(open_mask(companion), side, Image.Resampling.BOX)
     return {"image": image, "mask_image": mask, "width": side, "height": side}
 
 
-def square(file: Path, side: int, resample: Image.Resampling, mode: str) -> Image.Image:
-    """The middle of a picture, upright, at `side` x `side` pixels."""
-    with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened)
-    if mode == "F" and image.mode.startswith("I"):
-        image = Image.fromarray(np.asarray(image, dtype=np.float32))  # 16 bits, all of them
-    elif mode == "F":
-        image = image.convert("L")
-    return ImageOps.fit(image.convert(mode), (side, side), resample)
+def square(image: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
+    """The middle of a picture at `side` x `side` pixels."""
+    return ImageOps.fit(image, (side, side), resample)
 
 
 def grid(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:

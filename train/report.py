@@ -91,6 +91,12 @@ class Run:
         return self.column("step")
 
     @property
+    def taken(self) -> int | None:
+        """The step whose weights the run ends with, where that is the best."""
+        best = _json(self.folder / "checkpoints" / "best.json").get("step")
+        return best if self.setting("validation.use_best") and isinstance(best, int) else None
+
+    @property
     def metric(self) -> Metric:
         """What the best step is lowest in."""
         chosen = self.setting("validation.metric")
@@ -172,8 +178,11 @@ def _progress(run: Run) -> str:
     done, planned = int(run.steps[-1]), run.setting("train.steps")
     if planned is None:
         return f"{done:,} steps"
-    state = "Finished" if done >= planned else "Not finished"
-    return f"{state}: {done:,} of {planned:,} steps{_seen(run)}"
+    counted = f"{done:,} of {planned:,} steps{_seen(run)}"
+    if done < planned:
+        return f"Not finished: {counted}"
+    chosen = "" if run.taken is None else f"; its weights are those of step {run.taken:,}, the best"
+    return f"Finished: {counted}{chosen}"
 
 
 def _seen(run: Run) -> str:
@@ -302,7 +311,9 @@ def _best_named(step: int) -> str:
 def _previews(run: Run) -> Section:
     folders = sorted(path for path in (run.folder / "previews").glob("step-*") if path.is_dir())
     named = [("base", run.folder / "previews" / "base")]
-    named += [(f"step {path.name[5:].lstrip('0')}", path) for path in _spread(folders, _TIMES)]
+    taken = [path for path in folders if path.name == f"step-{run.taken or 0:08d}"]
+    shown = sorted({*_spread(folders, _TIMES), *taken})
+    named += [(_step_named(path, best=path in taken), path) for path in shown]
     prompts = list(enumerate(run.setting("preview.prompts") or []))
     rows = [
         Comparison(str(prompt), list(_panels(named, f"{k:02d}.png")))
@@ -314,6 +325,10 @@ def _previews(run: Run) -> Section:
         [row for row in rows if row.panels],
         film=True,
     )
+
+
+def _step_named(folder: Path, *, best: bool) -> str:
+    return f"step {folder.name[5:].lstrip('0')}{', the best' if best else ''}"
 
 
 def _panels(named: Sequence[tuple[str, Path]], file: str) -> Iterator[Panel]:

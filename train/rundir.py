@@ -9,12 +9,13 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from train.config import ROOT, RunConfig, UserError, dump
+from train.config import ROOT, RunConfig, Section, UserError, dump
 
 # Keys that may change between the runs of one directory without changing what is trained.
 HARMLESS = (
@@ -78,16 +79,23 @@ def check_unchanged(output: Path, manifest: dict[str, Any]) -> None:
         old = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); choose another output=") from None
-    hashes = (
-        {part: m.get(part, {}).get("sha256") for part in ("base", "dataset")}
-        for m in (old, manifest)
-    )
-    changed = differences(*hashes)
+    before, now = _hashes(old), _hashes(manifest)
+    changed = [
+        f"{part}: {before[part]!r} -> {now[part]!r}"
+        for part in sorted(before.keys() & now.keys())
+        if before[part] != now[part]
+    ]
     if changed:
         raise UserError(
             f"output={output} holds a run on another base or other pictures (sha256 "
             f"{'; '.join(changed)}). Choose another output=, or restore them to resume"
         )
+
+
+def _hashes(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Those of the dataset and of each part of the base."""
+    base, dataset = (manifest.get(part, {}).get("sha256") for part in ("base", "dataset"))
+    return {"dataset": dataset} | {f"base.{part}": sha for part, sha in (base or {}).items()}
 
 
 def check_space(folder: Path, needed: int, *, what: str) -> None:
@@ -134,15 +142,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for every dotted key of both that differs; a key that only one has came or
-    went with a version of this program."""
-    before, after = _flat(old), _flat(new)
-    return [
-        f"{key}: {before[key]!r} -> {after[key]!r}"
-        for key in sorted(before.keys() & after.keys())
-        if before[key] != after[key]
-    ]
+def differences(old: dict[str, Any], new: Section, prefix: str = "") -> Iterator[str]:
+    """`key: old -> new` for every dotted key that differs. What only one has came or went with a
+    version of this program, but a section is as good as a value to one that can be null."""
+    now = new.model_dump(mode="json")
+    for name, value in new:
+        if name not in old:
+            continue
+        if isinstance(value, Section) and isinstance(old[name], dict):
+            yield from differences(old[name], value, f"{prefix}{name}.")
+        elif old[name] != now[name]:
+            yield f"{prefix}{name}: {old[name]!r} -> {now[name]!r}"
 
 
 def _check_same(config: RunConfig) -> None:
@@ -153,26 +163,12 @@ def _check_same(config: RunConfig) -> None:
         raise UserError(f"{path} cannot be read ({error}); choose another output=") from None
     if not isinstance(old, dict):
         raise UserError(f"{path} is no configuration of a run; choose another output=")
-    changed = [
-        line
-        for line in differences(old, config.model_dump(mode="json"))
-        if not line.startswith(HARMLESS)
-    ]
+    changed = [line for line in differences(old, config) if not line.startswith(HARMLESS)]
     if changed:
         raise UserError(
             f"output={config.output} holds a run with another configuration: {'; '.join(changed)}. "
             "Choose another output=, or restore those values to resume"
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _version(package: str) -> str | None:

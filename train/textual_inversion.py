@@ -61,8 +61,10 @@ def check(config: TextualInversionRun, found: Pictures) -> list[str]:
         new_tokens.check_captions(tokens, found)
     if config.lora is not None:
         adapters.check(config.lora, config.model)
+    rate = config.optim.tokens.learning_rate or config.optim.learning_rate
     return [
-        f"learns   {token.token} from {token.initial!r}, with {token.vectors or 'as many'} vectors"
+        f"learns   {token.token} from {token.initial!r} (vectors: {token.vectors or 'as many'}), "
+        f"at {rate:g}"
         for token in tokens
     ]
 

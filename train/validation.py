@@ -4,9 +4,8 @@ changes between two of them is the model."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train.config import ValidationConfig
-from train.overfitting import Measured, Side, lowest, read, risen
+from train.overfitting import Measured, Side, best_of, read, risen
 
 Batch = dict[str, Any]
 
@@ -42,23 +41,16 @@ class HeldOut(Protocol):
         timestep, held-out pictures first; -1 is padding."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one validation found."""
-
-    metrics: dict[str, float | None]
-    value: float
-    """The metric that the best checkpoint is chosen by."""
-    best: bool
-    """Whether it is the lowest of all after training has begun."""
-
-
 class Validation:
     """Measures, writes OUTPUT/step-00000100.json and warns once the held-out loss has risen.
 
     held_out: None for a run that has nothing to validate on. start: the step the run is resumed
-    from; what was measured up to there is read again, what came later is forgotten.
+    from; what was measured up to there is read again, what came later is forgotten. kept: the steps
+    that have a checkpoint. To be made by all processes, before any of them writes.
     """
+
+    best: Measured | None
+    """The lowest after training began of what has a checkpoint, or is to have one."""
 
     def __init__(
         self,
@@ -68,13 +60,16 @@ class Validation:
         accelerator: Accelerator,
         *,
         start: int,
+        kept: Collection[int] = (),
     ) -> None:
         self._held_out, self._config, self._output = held_out, config, output
         self._accelerator = accelerator
         # At step 0 nothing binds a run to what was measured before, perhaps on another base.
-        kept = [one for one in read(output) if one.step <= start] if start else []
-        self._history = [one for one in kept if held_out is None or _is_of(one, held_out)]
+        known = read(output, until=start) if start else []
+        self._history = [one for one in known if held_out is None or _is_of(one, held_out)]
         self._warned = any(self._risen(end) for end in range(len(self._history) + 1))
+        self.best = best_of(self._history, kept, config.metric)
+        accelerator.wait_for_everyone()  # the others read what is to be forgotten
         if accelerator.is_main_process:
             _forget(output, start)
 
@@ -86,21 +81,28 @@ class Validation:
             return False
         return done == steps or done % every == 0
 
-    def run(self, model: nn.Module, done: int) -> Result | None:
-        """The held-out loss of the model as it is. A place where all processes meet."""
-        if self._held_out is None:
-            return None
+    def run(self, model: nn.Module, done: int) -> Measured:
+        """The held-out loss of the model as it is, where it is due. A place where all processes
+        meet."""
+        assert self._held_out is not None
         measured = self._measured(self._held_out, done, self._losses(self._held_out, model))
-        metric = self._config.metric
-        before = lowest([one for one in self._history if one.step > 0], metric)
-        value = measured.value(metric)
-        best = done > 0 and math.isfinite(value)
-        best = best and (before is None or value < before.value(metric))
+        if done > 0 and self._is_lower(measured):
+            self.best = measured
         self._history.append(measured)
         if self._accelerator.is_main_process:
-            measured.write(self._output)
             self._say(measured)
-        return Result(measured.metrics(), value, best)
+        return measured
+
+    def write(self, measured: Measured) -> None:
+        """Puts down that it was measured: a run that is resumed there does not measure again."""
+        if self._accelerator.is_main_process:
+            measured.write(self._output)
+
+    def _is_lower(self, measured: Measured) -> bool:
+        """Than the best so far; never where it is not a number."""
+        metric = self._config.metric
+        limit = math.inf if self.best is None else self.best.value(metric)
+        return measured.value(metric) < limit
 
     def _measured(self, held_out: HeldOut, done: int, losses: np.ndarray) -> Measured:
         sides, at = {}, 0

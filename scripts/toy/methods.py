@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TRAINING_SEED, CLASS_SEED = 300, 203  # worlds of the training pictures, and of the class's prompts
 PICTURES = 8
-SUBJECT, WORD, TOKEN = "owl", "zwx circle", "<owl>"
+SUBJECT, WORD, TOKEN = "owl", "owl circle", "<owl>"
 CLASS = "circle"
 Examined = dict[str, list[Any]]  # pictures by what was asked for
 

@@ -1,0 +1,150 @@
+"""DeepSpeed's ZeRO-2 (Rajbhandari et al. 2020, arXiv:1910.02054): every process keeps all weights,
+and of the gradients and the optimizer's state a part.
+
+DeepSpeed joins the parameters of each of the optimizer's groups into one flat tensor, of which
+every process trains a copy of its part. What is here shows the state of that by parameter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import UserDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from train.config import RunFailed, TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
+
+
+def plugin() -> DeepSpeedPlugin | None:
+    """What tells Accelerate to use DeepSpeed where its launcher says so; else None.
+
+    DeepSpeed itself trains in fp32: lower precision is for the forward pass alone, as everywhere
+    else. The sizes of batches are no concern of it, for each loss is a part of its step's.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        return None
+    from accelerate.utils import DeepSpeedPlugin
+
+    found = DeepSpeedPlugin(gradient_accumulation_steps=1)
+    fp32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
+    found.deepspeed_config.update(train_micro_batch_size_per_gpu=1, **fp32)
+    return found
+
+
+def is_used(accelerator: Accelerator) -> bool:
+    from accelerate.utils import DistributedType
+
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+) -> tuple[nn.Module, ZeroOptimizer]:
+    """`accelerator.prepare` with ZeRO. The forward pass is as Accelerate, which leaves precision to
+    DeepSpeed, would have made it; DeepSpeed clips."""
+    bf16 = torch.autocast(
+        accelerator.device.type, dtype=torch.bfloat16, enabled=config.mixed_precision == "bf16"
+    )
+    model.forward = bf16(model.forward)
+    accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = config.clip_norm
+    engine, wrapped = accelerator.prepare(model, optimizer)
+    return engine, ZeroOptimizer(wrapped.optimizer)
+
+
+def splits(model: nn.Module) -> bool:
+    """Whether the optimizer's state of a model's parameters is split."""
+    return any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters())
+
+
+class ZeroOptimizer:
+    """DeepSpeed's optimizer with its groups and its state by the parameters of the model. All
+    processes read and write the state together, in the same order."""
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = zero
+        flats, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
+        self.param_groups = [
+            _Group(group, parameters)
+            for group, parameters in zip(zero.param_groups, groups, strict=True)
+        ]
+        self.state = {
+            parameter: _State(parameter, flat, zero.state[flat])
+            for flat, parameters in zip(flats, groups, strict=True)
+            for parameter in parameters
+        }
+
+    def step(self) -> None:
+        """DeepSpeed steps in the backward pass of the last micro-batch. Raises RunFailed where it
+        did not, which it does not say itself."""
+        if self._zero.overflow:
+            raise RunFailed(
+                "training diverged: the gradient is not finite. Repeat from the last checkpoint "
+                "with a lower optim.learning_rate in a new output="
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """DeepSpeed has done it."""
+
+    def refresh(self) -> None:
+        """Takes the weights that were put into the model for those to be trained on."""
+        self._zero.refresh_fp32_params()
+
+
+class _Group(UserDict[str, Any]):
+    """An optimizer's group, with the model's parameters in place of the flat one."""
+
+    def __init__(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        self.data = group
+        self._parameters = parameters
+
+    def __getitem__(self, key: str) -> Any:
+        return self._parameters if key == "params" else self.data[key]
+
+
+class _State:
+    """The optimizer's state of one parameter, of which the flat one has all, a part or nothing."""
+
+    def __init__(self, parameter: nn.Parameter, flat: Tensor, state: dict[str, Any]) -> None:
+        self._parameter, self._flat, self._state = parameter, flat, state
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Gathers tensor by tensor."""
+        for key, value in self._state.items():
+            yield key, value if key == "step" else self._gathered(value)
+
+    def _gathered(self, flat: Tensor) -> Tensor:
+        # DeepSpeed's own way, safe_get_full_optimizer_state, finds the first group's state alone.
+        whole = torch.zeros(self._parameter.shape, dtype=flat.dtype, device=flat.device)
+        for inside, outside in self._parts(flat, whole):
+            outside.copy_(inside)
+        torch.distributed.all_reduce(whole)
+        return whole
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        if key == "step":
+            self._state[key] = value
+            return
+        if key not in self._state:
+            self._state[key] = torch.zeros_like(self._flat)
+        for inside, outside in self._parts(self._state[key], value):
+            inside.copy_(outside)
+
+    def _parts(self, flat: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this process has of the parameter, if anything, as views of both."""
+        own = self._parameter._hp_mapping  # type: ignore[attr-defined]
+        if own is not None:
+            here, there = own.hp_fragment_address, own.lp_fragment_address
+            yield (
+                flat.narrow(0, here.start, here.numel),
+                whole.view(-1).narrow(0, there.start, there.numel),
+            )
