@@ -88,7 +88,8 @@ class TrainingSet:
     flip: bool = False
     """Mirror half of the pictures, drawn anew at every step."""
     masks: bool = False
-    """Give every sample a mask, of ones where the picture has none."""
+    """Give every sample a mask: of ones where the picture has none, or its target is predicted, as
+    a mask is of the subject."""
     random_masks: int = 0
     """For the inpainting model: how many masks of each picture there are; one is drawn at every
     step."""
@@ -177,8 +178,11 @@ class TrainingSet:
         }
         facts = {"timestep": seen.timestep, "source": self._source(seen.row)}
         if self.beside is not None and self.beside.predicted:
-            facts["prior"] = seen.beside
+            facts["prior"] = self._predicted(seen)
         return {"latents": latents, **noise, **facts, **beside}
+
+    def _predicted(self, seen: _Seen) -> bool:
+        return seen.beside and self.beside is not None and self.beside.predicted
 
     def _latents(self, seen: _Seen) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The latents (C, h, w), drawn and scaled, and what lies beside them (1, h, w)."""
@@ -187,14 +191,15 @@ class TrainingSet:
         mirrored = self.flip and counter.uniform(self.seed, "flip", *seen.purpose) < 0.5
         moments = FLIPPED if mirrored else MOMENTS
         wanted = {moments}
-        wanted |= {MASK} if self.masks and seen.record.mask_sha256 is not None else set()
+        masked = self.masks and not self._predicted(seen)
+        wanted |= {MASK} if masked and seen.record.mask_sha256 is not None else set()
         wanted |= {DEPTH} if seen.record.depth_sha256 is not None else set()
         hidden = self._hidden(seen, mirrored)
         tensors = self._cached(keys[crop], wanted | hidden, seen.record.id)
         latents = self._drawn(tensors.pop(moments), seen, "latent")
-        masked = [tensors.pop(name) for name in hidden]
+        painted = [tensors.pop(name) for name in hidden]
         beside = {name: tensor.flip(-1) if mirrored else tensor for name, tensor in tensors.items()}
-        for tensor in masked:  # one, or none
+        for tensor in painted:  # one, or none
             beside["inpaint_mask"] = tensor[:1]
             beside["masked_latents"] = self._drawn(tensor[1:], seen, "masked latent")
         if self.masks and MASK not in beside:

@@ -43,8 +43,10 @@ def generate(
     world: int = 1,
     label: str = "generating",
     negative_prompt: str = "",
+    names: Sequence[str] | None = None,
 ) -> list[Path]:
-    """Write folder/00000.png ... for the prompts and return all N paths, in order.
+    """Write folder/00000.png ..., or folder/NAME of `names`, for the prompts and return all N
+    paths, in order.
 
     `seeds`: one per prompt; `size`: (width, height) in pixels, for all or one per prompt. Process
     `rank` of `world` makes every world-th picture, so the files are complete once all are done.
@@ -65,7 +67,7 @@ def generate(
         common | {"prompt": prompt, "seed": int(seed), "size": list(size)}
         for prompt, seed, size in zip(prompts, seeds, sizes, strict=True)
     ]
-    paths = [folder / f"{index:05d}.png" for index in range(len(prompts))]
+    paths = [folder / name for name in names or map("{:05d}.png".format, range(len(prompts)))]
     mine = range(rank, len(prompts), world)
     missing = [index for index in mine if read_settings(paths[index]) != wanted[index]]
     with _progress(len(missing), label, shown=rank == 0) as bar:

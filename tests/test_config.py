@@ -135,6 +135,11 @@ def test_values_that_contradict_each_other_are_refused(arguments, part):
     assert part in refused(*arguments)
 
 
+def test_a_constant_rate_has_no_floor_to_be_above():
+    values = {"output": "x", "optim": {"learning_rate": 5e-7, "schedule": "constant"}}
+    assert validate(LoopConfig, values, where="the test").optim.learning_rate == 5e-7
+
+
 @pytest.mark.parametrize("content", ["a: [", "- a\n- b\n", "just text"])
 def test_a_file_that_is_no_configuration_is_named(tmp_path, content):
     file = tmp_path / "run.yaml"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.ldm import to_ldm
 from tests.runs import arguments, make_world
 from tests.tiny import FAMILIES, tiny_pipeline
-from train import full, lora, models
+from train import export, full, lora, models
 from train.config import ModelConfig, UserError
 
 PIPELINES = {
@@ -164,6 +164,45 @@ def test_an_exported_depth_model_has_its_base_s_depth_estimator(
     assert made.images.shape == (1, 64, 64, 3)
 
 
+def test_of_the_depth_estimator_only_what_is_safe_is_exported(world, tmp_path):
+    base = with_estimator(world, tmp_path / "base", "DPTImageProcessor")
+    for name in ("pytorch_model.bin", "model.fp16.safetensors"):
+        (base / "depth_estimator" / name).write_bytes(b"x")
+    export.save_pipeline(models.load_pipeline(str(base)), tmp_path / "full")
+    found = {file.name for file in (tmp_path / "full/depth_estimator").iterdir()}
+    assert found == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("part", ["depth_estimator", "feature_extractor"])
+def test_a_base_without_depth_estimator_is_exported_without_it_and_that_is_said(
+    world, tmp_path, part, capsys
+):
+    base = with_estimator(world, tmp_path / "base", "DPTImageProcessor")
+    index = json.loads((base / "model_index.json").read_text()) | {part: [None, None]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    export.save_pipeline(models.load_pipeline(str(base)), tmp_path / "full")
+    said = capsys.readouterr().out
+    assert f"has no {part}" in said and "depth_estimator=None, feature_extractor=None" in said
+    untouched(tmp_path / "full", "sd2-depth")
+
+
+def test_a_depth_estimator_of_the_hub_is_that_of_the_revision(world, tmp_path, monkeypatch):
+    base, asked = with_estimator(world, tmp_path / "base", "DPTImageProcessor"), []
+
+    def download(path, *, revision, allow_patterns):
+        asked.append((path, revision, allow_patterns))
+        return str(base)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    pipeline = models.load_pipeline(str(base))
+    pipeline.described_in = ("owner/depth", "abc")
+    export.save_pipeline(pipeline, tmp_path / "full")
+    ((path, revision, patterns),) = asked
+    assert (path, revision) == ("owner/depth", "abc")
+    assert all(pattern.endswith((".json", ".safetensors")) for pattern in patterns)
+    assert (tmp_path / "full/depth_estimator/model.safetensors").exists()
+
+
 def with_estimator(world, folder, configured):
     """The depth base with a tiny depth estimator, as the real one has a large one."""
     from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
@@ -204,6 +243,33 @@ def as_file(world, family, path):
             tensors[f"cond_stage_model.transformer.{name}"] = tensor
     save_file(tensors, path)
     return str(path)
+
+
+def test_a_depth_model_of_a_single_file_has_the_depth_estimator_of_its_configuration(
+    world, tmp_path
+):
+    base = with_estimator(world, tmp_path / "base", "DPTImageProcessor")
+    file = as_file(world, "sd2-depth", tmp_path / "depth.safetensors")
+    export.save_pipeline(models.load_pipeline(file, config=str(base)), tmp_path / "full")
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "full")
+    assert type(loaded.depth_estimator).__name__ == "DPTForDepthEstimation"
+
+
+def test_a_single_file_described_on_the_hub_is_checked_by_its_json_alone(
+    world, tmp_path, monkeypatch
+):
+    file, asked = as_file(world, "sd15", tmp_path / "sd15.safetensors"), []
+
+    def download(path, *, revision, allow_patterns):
+        asked.append((path, allow_patterns))
+        return str(world / {"own": "sd15"}.get(path.split("/")[1], "sd21"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = models.inspect(ModelConfig(path=file, config="some/own"))
+    assert (found.prediction_type, found.resolution) == ("epsilon", 64)
+    assert asked[-1][0] == "some/own" and not any("safetensors" in p for p in asked[-1][1])
+    with pytest.raises(UserError, match="model.config=some/other describes SD 2"):
+        models.inspect(ModelConfig(path=file, config="some/other"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -250,6 +316,7 @@ def unloadable(monkeypatch):
         ("sd2-inpainting", ["data.depth=true"], "is no depth model"),
         ("sd2-inpainting", ["data.streaming=true"], "set data.streaming=false"),
         ("sd21-base", ["diffusion.zero_terminal_snr=true"], "predicts epsilon"),
+        ("sd21", ["diffusion.max_timestep=1000"], "has the timesteps 0 to 999"),
         ("sd2-depth", ["preview.images=[]"], "0 pictures for 2"),
         ("sd2-depth", ["preview.images=[gone.png, gone.png]"], "cannot read gone.png"),
         ("sd15", ["preview.images=[one.png]"], "makes pictures from text alone"),
@@ -275,6 +342,28 @@ def test_a_preview_s_picture_without_what_lies_beside_it_is_named(world, tmp_pat
 
 
 @pytest.mark.usefixtures("unloadable")
+@pytest.mark.parametrize("family", PIPELINES)
+def test_a_preview_s_damaged_picture_map_or_mask_is_named(world, tmp_path, family):
+    end = ".depth.png" if family == "sd2-depth" else ".mask.png"
+    own = tmp_path / "own.png"
+    for damaged in (own, own.with_suffix(end)):
+        shutil.copy(shown(world), own)
+        shutil.copy(shown(world).with_suffix(end), own.with_suffix(end))
+        damaged.write_bytes(damaged.read_bytes()[:-60])
+        message = refused(world, tmp_path / "run", family, f"preview.images=[{own}, {own}]")
+        assert f"cannot read {damaged}" in message and "Error" not in message
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_preview_s_depth_map_may_have_any_kind_of_pixels(world, tmp_path, mode):
+    own = tmp_path / "own.png"
+    shutil.copy(shown(world), own)
+    Image.linear_gradient("L").convert(mode).save(own.with_suffix(".depth.png"))
+    pictures = f"preview.images=[{own}, {own}]"
+    lora.main(settings(world, tmp_path / "run", "sd2-depth", pictures, "dry_run=true"))
+
+
+@pytest.mark.usefixtures("unloadable")
 def test_pictures_without_a_depth_map_are_named(world, tmp_path):
     folder = shutil.copytree(world / "pictures", tmp_path / "pictures")
     bare = folder / shown(world).name
@@ -287,6 +376,67 @@ def test_pictures_without_a_depth_map_are_named(world, tmp_path):
 def test_a_resolution_far_from_the_base_s_is_noted(world, tmp_path, side, noted, capsys):
     lora.main(settings(world, tmp_path / "run", "sd15", f"data.resolution={side}", "dry_run=true"))
     assert ("the base was trained at 64 px" in capsys.readouterr().out) == noted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["diffusion.min_snr_gamma=5"], "min_snr_gamma gives it the weight 0"),
+        (["diffusion.max_timestep=998"], "max_timestep=998 is below it"),
+        (["diffusion.max_timestep=999"], None),
+        ([], None),
+    ],
+)
+def test_a_first_sampling_step_that_is_never_trained_is_noted(
+    world, tmp_path, overrides, reason, capsys
+):
+    more = ["diffusion.zero_terminal_snr=true", *overrides, "dry_run=true"]
+    lora.main(settings(world, tmp_path / "run", "sd21", *more))
+    said = capsys.readouterr().out
+    assert ("never trained" in said) == (reason is not None) and (reason or "") in said
+
+
+def test_a_distilled_base_is_noted(world, tmp_path, capsys):
+    base = shutil.copytree(world / "sd21-base", tmp_path / "turbo")
+    index = json.loads((base / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    (base / "model_index.json").write_text(json.dumps(index))
+    scheduler = models.load_pipeline(str(world / "sd21-base")).scheduler.config
+    turbo = diffusers.EulerDiscreteScheduler.from_config(scheduler, timestep_spacing="trailing")
+    turbo.save_pretrained(base / "scheduler")
+    values = settings(world, tmp_path / "run", "sd21-base", f"model.path={base}", "dry_run=true")
+    lora.main(values)
+    assert "looks distilled" in capsys.readouterr().out
+
+
+def test_an_adapter_is_used_with_what_its_base_predicts_overridden_or_not(
+    world, tmp_path, monkeypatch, capsys
+):
+    from scripts import generate
+
+    def make(base, run):
+        words = [f"adapters={tmp_path / run / 'adapter'}", "prompt=x", "steps=1", "width=64"]
+        generate.main([f"model={world / base}", *words, "height=64", f"output={tmp_path / 'out'}"])
+
+    lora.main(settings(world, tmp_path / "plain", "sd21"))
+    override = "diffusion.prediction_type=v_prediction"
+    lora.main(settings(world, tmp_path / "override", "sd21-base", override))
+    capsys.readouterr()
+    make("sd21-base", "override")
+    assert "sampled with prediction_type=v_prediction" in capsys.readouterr().out
+    monkeypatch.setattr(generate, "load_base", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="base that predicts v_prediction, and this one .*epsilon"):
+        make("sd21-base", "plain")
+    with pytest.raises(UserError, match="base that predicts epsilon, and this one .*v_prediction"):
+        make("sd21", "override")
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_base_trains_to_predict_something_else_and_previews_it(world, tmp_path, prediction):
+    override = f"diffusion.prediction_type={prediction}"
+    lora.main(settings(world, tmp_path / "run", "sd21-base", override))
+    file = tmp_path / "run/adapter/scheduler/scheduler_config.json"
+    assert json.loads(file.read_text())["prediction_type"] == prediction
 
 
 @pytest.mark.parametrize("family", PIPELINES)

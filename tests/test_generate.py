@@ -87,6 +87,14 @@ def test_every_scheduler_keeps_the_noise_schedule_and_prediction_type(base, tmp_
     torch.testing.assert_close(scheduler.alphas_cumprod, tiny_pipeline().scheduler.alphas_cumprod)
 
 
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_no_scheduler_clips_latents_that_the_base_s_own_does_not(tmp_path, name):
+    tiny_pipeline(family="sd21-base").save_pretrained(tmp_path / "base")
+    arguments = [f"model.path={tmp_path / 'base'}", f"output={tmp_path}", "prompt=x"]
+    config = load(GenerateConfig, [*arguments, f"scheduler={name}"])
+    assert not generate.load_base(config).scheduler.config.clip_sample
+
+
 def test_pictures_go_round_the_prompts_and_more_only_add(make, tmp_path):
     two = make("prompts=[a cat, a dog]", "count=1", "seed=5")
     four = make("prompts=[a cat, a dog]", "count=2", "seed=5")

@@ -136,12 +136,90 @@ def test_an_empty_folder_is_no_pipeline(tmp_path):
         ("of an unknown family", {"in_channels": 12}),
         ("Stable unCLIP", {"class_embed_type": "projection"}),
         ("a latent consistency model", {"time_cond_proj_dim": 256}),
+        ("the Stable Diffusion upscaler", {"in_channels": 7, "num_class_embeds": 1000}),
+        ("a model of numbered classes", {"num_class_embeds": 10}),
+        ("a model of numbered classes", {"class_embed_type": "timestep"}),
     ],
 )
 def test_another_family_is_refused_by_name(base, family, unet):
     edit(base / "unet/config.json", **unet)
     message = refused(base)
     assert f"is {family}" in message and "stable-diffusion-2-1" in message
+
+
+def test_the_pipeline_that_starts_from_a_picture_has_the_same_parts(base):
+    edit(base / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline")
+    assert inspect(base).family.name == "SD 2"
+    assert type(models.load_pipeline(str(base))).__name__ == "StableDiffusionPipeline"
+    edit(base / "unet/config.json", in_channels=9)
+    assert "says StableDiffusionImg2ImgPipeline" in refused(base)
+
+
+def test_the_old_default_of_a_unet_s_size_is_none(base):
+    edit(base / "unet/config.json", sample_size=32)
+    assert inspect(base).resolution is None
+    edit(base / "unet/config.json", sample_size=64)
+    assert inspect(base).resolution == 512
+
+
+@pytest.mark.parametrize(
+    "kind", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "KarrasVeScheduler"]
+)
+def test_a_scheduler_without_a_schedule_of_betas_is_refused_by_name(base, kind):
+    import diffusers
+
+    getattr(diffusers, kind)().save_pretrained(base / "scheduler")
+    assert f"{kind} predicts" in refused(base)
+
+
+def test_what_a_flow_model_predicts_is_refused_by_name(base):
+    edit(base / "scheduler/scheduler_config.json", prediction_type="flow_prediction")
+    assert "predicts flow_prediction" in refused(base)
+
+
+@pytest.mark.parametrize(
+    ("settings", "distilled"),
+    [
+        ({}, False),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, False),
+        (
+            {
+                "_class_name": "EulerDiscreteScheduler",
+                "timestep_spacing": "trailing",
+                "prediction_type": "epsilon",
+            },
+            True,
+        ),
+        ({"_class_name": "LCMScheduler"}, True),
+    ],
+)
+def test_a_model_of_a_few_steps_is_told_by_its_sampler(base, settings, distilled):
+    edit(base / "scheduler/scheduler_config.json", **settings)
+    assert inspect(base).distilled == distilled
+
+
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_of_a_variant_alone_are_named(base, part, variant):
+    (file,) = (base / part).glob("*.safetensors")
+    other = file.with_name(f"{file.stem}.{variant}.safetensors")
+    shutil.copy(file, other)
+    file.unlink()
+    message = refused(base)
+    assert f"only the variant {other.name}: rename it" in message
+    other.rename(file)
+    models.load_pipeline(str(base))
+
+
+def test_weights_in_shards_are_a_part_s_weights(base):
+    whole = inspect(base).weight_bytes
+    pipeline = tiny_pipeline()
+    shutil.rmtree(base / "unet")
+    pipeline.unet.save_pretrained(base / "unet", max_shard_size="200KB")
+    assert len(list((base / "unet").glob("*.safetensors"))) > 1
+    assert abs(inspect(base).weight_bytes - whole) < 20_000
+    loaded = models.load_pipeline(str(base)).unet.state_dict()
+    assert all(torch.equal(loaded[name], t) for name, t in pipeline.unet.state_dict().items())
 
 
 def test_parts_of_different_models_are_told_by_their_widths(base):
@@ -268,6 +346,53 @@ def test_zero_terminal_snr_rescales_the_schedule_and_samples_from_its_end(family
     new.set_timesteps(4)
     assert new.timesteps[0] == 999
     assert (new.config.prediction_type, new.config.clip_sample) == ("v_prediction", False)
+
+
+SCHEDULERS = (
+    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"),
+    *("UniPCMultistepScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+    *("DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "LCMScheduler"),
+)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own, of numpy
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_every_scheduler_steps_what_it_is_made_to_predict(kind, zero, prediction):
+    import diffusers
+
+    scheduler = getattr(diffusers, kind).from_config(tiny_pipeline().scheduler.config)
+    config = DiffusionConfig(prediction_type=prediction, zero_terminal_snr=zero)
+    new = models.reschedule(scheduler, config)
+    new.set_timesteps(4)
+    latents = torch.ones(1, 4, 8, 8) * new.init_noise_sigma
+    for timestep in new.timesteps:
+        model_input = new.scale_model_input(latents, timestep)
+        latents = new.step(0.1 * model_input, timestep, latents).prev_sample
+    assert latents.isfinite().all() and new.config.prediction_type == prediction
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler"])
+def test_a_scheduler_in_place_of_another_does_not_clip_latents(kind):
+    import diffusers
+
+    old = tiny_pipeline(family="sd21-base").scheduler
+    assert not models.converted(old, getattr(diffusers, kind)).config.clip_sample
+    clipping = diffusers.DDIMScheduler(clip_sample=True)
+    assert models.converted(clipping, getattr(diffusers, kind)).config.clip_sample
+
+
+def test_what_trains_is_never_cast():
+    pipeline = tiny_pipeline()
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False)
+    models.store_in(pipeline, "bf16")
+    assert pipeline.unet.dtype == torch.bfloat16
+    pipeline.unet.conv_in.bias.requires_grad_(True)
+    with pytest.raises(AssertionError):
+        models.store_in(pipeline, "bf16")
 
 
 def test_a_model_of_epsilon_can_not_have_zero_terminal_snr():

@@ -7,7 +7,10 @@ from PIL import Image
 
 from data.maps import depth_latent
 from tests.tiny import tiny_pipeline
+from train.families import Family, family_of
 from train.previews import beside
+
+DEPTH, INPAINTING = Family(2, 5), Family(2, 9)
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def wide(tmp_path):
 
 def test_a_depth_pipeline_gets_the_middle_of_picture_and_map_as_training_would(wide):
     pipeline = tiny_pipeline(family="sd2-depth")
-    given = beside(pipeline, wide, 64)
+    given = beside(family_of(pipeline), wide, 64)
     assert given["strength"] == 1.0 and given["image"].size == (64, 64)
     assert (np.asarray(given["image"])[..., 0] == 255).all()
     made = pipeline.prepare_depth_map(
@@ -37,16 +40,16 @@ def test_a_depth_pipeline_gets_the_middle_of_picture_and_map_as_training_would(w
 
 
 def test_an_inpainting_pipeline_gets_the_middle_of_picture_and_mask(wide):
-    given = beside(tiny_pipeline(family="sd2-inpainting"), wide, 64)
+    given = beside(INPAINTING, wide, 64)
     assert given["image"].size == (given["width"], given["height"]) == (64, 64)
     mask = np.asarray(given["mask_image"])
     assert (mask[:, :32] == 0).all() and (mask[:, 32:] == 255).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "LA", "RGBA", "P"])
 def test_8_bit_maps_and_coloured_ones_are_read_as_grey(wide, mode):
     Image.linear_gradient("L").convert(mode).save(wide.with_suffix(".depth.png"))
-    depth = beside(tiny_pipeline(family="sd2-depth"), wide, 64)["depth_map"]
+    depth = beside(DEPTH, wide, 64)["depth_map"]
     assert depth.shape == (1, 8, 8) and depth.dtype == torch.float32
     assert float(depth.min()) < 40 and float(depth.max()) > 215
 
@@ -56,5 +59,21 @@ def test_a_picture_lying_on_its_side_is_turned_up(wide):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     upright.transpose(Image.Transpose.ROTATE_90).save(wide, exif=exif)
-    image = beside(tiny_pipeline(family="sd2-inpainting"), wide, 64)["image"]
+    image = beside(INPAINTING, wide, 64)["image"]
     assert (np.asarray(image)[..., 0] == 255).all()
+
+
+def test_masks_are_opened_as_those_of_the_loss_are(wide):
+    """All of 16 bits, and black where transparent."""
+    across, _ = np.meshgrid(np.arange(128), np.arange(64))
+    Image.fromarray((across * 512).astype(np.uint16)).save(wide.with_suffix(".mask.png"))
+    mask = np.asarray(beside(INPAINTING, wide, 64)["mask_image"])
+    assert mask[0, 0] in (63, 64, 65) and mask[0, 32] in (127, 128, 129)
+    clear = Image.new("RGBA", (128, 64), (255, 255, 255, 0))
+    clear.save(wide.with_suffix(".mask.png"))
+    assert np.asarray(beside(INPAINTING, wide, 64)["mask_image"]).max() == 0
+
+
+def test_a_loaded_pipeline_is_of_the_family_of_its_parts():
+    assert family_of(tiny_pipeline(family="sd15")) == Family(1, 4)
+    assert family_of(tiny_pipeline(family="sd2-depth")) == DEPTH

@@ -112,6 +112,23 @@ def test_trouble_comes_first(run):
     assert not re.search(r"[ MLH](nan|inf)", " ".join(page.attributes("path", "d")))
 
 
+def test_the_best_step_that_a_run_ends_with_is_named(run):
+    for step in range(1, 20):
+        folder = run / "previews" / f"step-{step:08d}"
+        folder.mkdir()
+        Image.new("RGB", (16, 16)).save(folder / "00.png")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/best.json").write_text(json.dumps({"step": 12}))
+    assert "the best" not in Page(run).text
+    chosen = CONFIG | {"validation": {"use_best": True}}
+    (run / "config.yaml").write_text(yaml.safe_dump(chosen))
+    page = Page(run)
+    assert "(4 passes over 80 pictures); its weights are those of step 12, the best;" in page.text
+    assert "step 12, the best: a cat" in page.attributes("img", "alt")
+    log(run, [line(10)])
+    assert "its weights" not in Page(run).text  # they are not chosen before the end
+
+
 def test_an_unfinished_run_with_a_torn_last_line_shows_its_intact_lines(run):
     with (run / "metrics.jsonl").open("w") as file:
         file.write(json.dumps(line(10)) + "\n" + json.dumps(line(20))[:37])

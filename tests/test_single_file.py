@@ -142,7 +142,17 @@ WRONG = {
     "parts of different models": lambda ldm, _: swapped(ldm, KEY, 32, 768),
     "is InstructPix2Pix": lambda ldm, _: swapped(ldm, "input_blocks.0.0.weight", 32, 8, 3, 3),
     "is Stable Diffusion 3": lambda ldm, _: swapped(ldm, "joint_blocks.0.x.weight", 8, 8),
-    "is Stable Diffusion XL": lambda ldm, _: swapped(ldm, "label_emb.0.0.weight", 8, 8),
+    "is Stable Diffusion XL": lambda ldm, _: {
+        name: tensor
+        for name, tensor in swapped(ldm, "label_emb.0.0.weight", 8, 8).items()
+        if not name.startswith(TEXT)
+    },
+    "is Stable unCLIP": lambda ldm, _: swapped(ldm, "label_emb.0.0.weight", 8, 8),
+    "is the Stable Diffusion upscaler": lambda ldm, _: (
+        swapped(ldm, "label_emb.weight", 1000, 8)
+        | {UNET + "input_blocks.0.0.weight": torch.zeros(32, 7, 3, 3)}
+    ),
+    "is a model of numbered classes": lambda ldm, _: swapped(ldm, "label_emb.weight", 1000, 8),
     "lacks some of the weights": lambda ldm, _: {
         name: tensor for name, tensor in ldm.items() if name != UNET + "out.2.bias"
     },

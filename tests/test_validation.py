@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 import statistics
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from PIL import Image
@@ -15,9 +17,9 @@ from torch import nn
 
 from data import toy
 from data.noising import Noising
-from tests.runs import arguments, finish, launch, make_world
+from tests.runs import ROOT, arguments, finish, launch, make_world
 from tests.tiny import tiny_pipeline
-from train import full, lora, pictures, report, validation_data
+from train import full, lora, pictures, report, textual_inversion, validation_data
 from train.config import FullRun, LoraRun, UserError, ValidationConfig, load
 from train.overfitting import Measured, Side, lowest, read, risen, standard_error
 from train.validation import Validation
@@ -234,6 +236,60 @@ def test_held_out_pictures_that_are_trained_on_are_named(world, tmp_path, capsys
     both = f"validation.path={world / 'pictures'}"
     lora.main(validated(world, tmp_path / "run", both, "dry_run=true"))
     assert "held-out pictures that are trained on, too, so that" in capsys.readouterr().out
+
+
+def test_the_best_needs_something_to_be_the_best_on(world, tmp_path):
+    best = "validation.use_best=true"
+    lora.main(validated(world, tmp_path / "run", best, "dry_run=true"))
+    for settings in (("validation.every=0",), ("validation.path=null",)):
+        with pytest.raises(UserError, match=r"use_best=true needs held-out.*validation\.path="):
+            lora.main(validated(world, tmp_path / "run", best, *settings))
+
+
+def inverted(world, folder, held_out):
+    """A run of two tokens, each from a source of its own."""
+    values = yaml.safe_load((ROOT / "tests/tiny.yaml").read_text())
+    del values["lora"], values["data"]
+    names = {"a": "<x>", "b": "<y>"}
+    values["data"] = {
+        "resolution": 64,
+        "caption_dropout": 0,
+        "cache": str(folder / "cache"),
+        "sources": [{"name": name, "path": str(world / "pictures")} for name in names],
+    }
+    tokens = [{"token": t, "initial": "o", "source": name} for name, t in names.items()]
+    values |= {"textual_inversion": {"tokens": tokens}, "dry_run": True}
+    values |= {"output": str(folder / "run"), "model": {"path": str(world / "base")}}
+    values["validation"] = {"every": 2, "path": str(held_out)}
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return [f"--config={folder / 'run.yaml'}"]
+
+
+def test_held_out_captions_without_the_token_that_is_learned_are_refused(world, tmp_path):
+    held_out = tmp_path / "held-out"
+    shutil.copytree(world / "held-out", held_out)
+    with pytest.raises(UserError, match="no caption of the held-out.*<x> or <y>.*every=0"):
+        textual_inversion.main(inverted(world, tmp_path, held_out))
+    textual_inversion.main([*inverted(world, tmp_path, held_out), "lora.rank=2"])
+    (held_out / "00001.txt").write_text("a photo of a <Y>")
+    textual_inversion.main(inverted(world, tmp_path, held_out))
+
+
+def test_the_space_for_the_average_and_the_best_is_asked_for_too(world, tmp_path, monkeypatch):
+    from train import rundir
+
+    def needed(*settings):
+        asked = {}
+        patch = lambda folder, needed, what: asked.update({what: needed})  # noqa: E731
+        monkeypatch.setattr(rundir, "check_space", patch)
+        lora.main(arguments(world, tmp_path / "run", "dry_run=true", *settings))
+        return asked["checkpoints"]
+
+    held_out = ("validation.every=2", f"validation.path={world / 'held-out'}")
+    plain, ema = needed(), needed("train.ema_decay=0.9")
+    both = needed("train.ema_decay=0.9", *held_out)
+    one = (needed(*held_out) - plain) // 3  # a checkpoint is the weights and two moments
+    assert (ema - plain, both - ema) == (3 * one, 4 * one) and one > 0
 
 
 def test_the_evaluation_s_pictures_are_the_default_and_none_are_none(world, tmp_path):

@@ -257,7 +257,8 @@ class PreviewConfig(Section):
     every: int = Field(500, ge=0)
     """Optimizer steps between previews; 0 for none."""
     prompts: list[str] = []
-    """One picture each, always from the same seed, beside the base model's."""
+    """One picture each, always from the same seed, beside the base model's. DreamBooth's default:
+    data.caption and the class prompt, of each source."""
     steps: int = Field(25, ge=1)
     """Sampling steps."""
     guidance: float = Field(7.5, ge=0)
@@ -472,6 +473,16 @@ class DreamBoothRun(RunConfig):
                     "dreambooth.prior=prediction, or dreambooth.class_path=FOLDER of pictures with "
                     "theirs"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _previews_of_subject_and_class(self) -> Self:
+        if self.preview.prompts or self.data.depth:  # whose previews need a depth map each
+            return self
+        named = zip(self.data.named_sources(), self.classes(), strict=True)
+        texts = [text for source, (prompt, _) in named for text in (source.caption, prompt)]
+        chosen = [text for text in texts if text and "{" not in text]
+        self.preview.prompts = list(dict.fromkeys(chosen))
         return self
 
     def classes(self) -> list[tuple[str | None, str | None]]:

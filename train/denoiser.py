@@ -12,8 +12,9 @@ from train.diffusion import Objective
 from train.models import text_encoder_output
 
 Batch = dict[str, Any]
+TEXT = ("prompt_embeds", "input_ids")  # of which a batch has one
 Prior = Callable[[Tensor, Tensor, Batch], Tensor]
-"""The frozen base: UNet input (B, C, h, w), timesteps (B,) and the batch to its prediction."""
+"""The frozen base: UNet input (B, C, h, w), timesteps (B,) and the text to its prediction."""
 
 
 class Denoiser(nn.Module):
@@ -42,7 +43,7 @@ class Denoiser(nn.Module):
         inputs = torch.cat([noisy_latents, *beside(batch)], dim=1)  # (B, 4 | 5 | 9, h, w)
         target = self.objective.target(latents, noise, timesteps)
         target = self._with_prior(target, inputs, timesteps, batch)
-        text = self._text(batch)
+        text = text_of(batch, self.text_encoder)
         prediction = self.unet(inputs, timesteps, encoder_hidden_states=text).sample
         return self.objective.losses(prediction, target, timesteps, mask=batch.get("mask"))
 
@@ -53,16 +54,16 @@ class Denoiser(nn.Module):
         if rows is None or not len(rows):
             return target
         assert self._prior is not None
-        chosen = {
-            name: value[rows] for name, value in batch.items() if isinstance(value, torch.Tensor)
-        }
-        prediction = self._prior(inputs[rows], timesteps[rows], chosen)
+        text = {name: batch[name][rows] for name in TEXT if name in batch}
+        prediction = self._prior(inputs[rows], timesteps[rows], text)
         return target.index_copy(0, rows, prediction.to(target))
 
-    def _text(self, batch: Batch) -> Tensor:
-        if "prompt_embeds" in batch:
-            return batch["prompt_embeds"]
-        return text_encoder_output(self.text_encoder, batch["input_ids"])
+
+def text_of(batch: Batch, text_encoder: nn.Module) -> Tensor:
+    """The embeddings (B, 77 k, D) of a batch, of its token ids where it has none."""
+    if "prompt_embeds" in batch:
+        return batch["prompt_embeds"]
+    return text_encoder_output(text_encoder, batch["input_ids"])
 
 
 def beside(batch: Batch) -> list[Tensor]:

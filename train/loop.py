@@ -203,11 +203,11 @@ class Pause:
 
         The validation's own file comes last: a run killed before it measures once more.
         """
-        self.validation.write(measured)
         self.trackers.log({"step": measured.step, **measured.metrics()})
         if self.validation.best is measured:
             self._save(measured.step)
             self._mark_best()
+        self.validation.write(measured)
 
     def _mark_best(self) -> None:
         best, metric = self.validation.best, self.config.validation.metric

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from train import adapters
+from train.denoiser import text_of
 from train.method import Pipeline
-from train.models import dtype_of, text_encoder_output
+from train.models import dtype_of
 
 Batch = dict[str, Any]
 
@@ -29,14 +30,12 @@ class FrozenBase:
     """Within it these two are the base and nothing else."""
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
-        """inputs (B, C, h, w) and timesteps (B,) to what the base predicts, (B, 4, h, w)."""
+    def __call__(self, inputs: Tensor, timesteps: Tensor, text: Batch) -> Tensor:
+        """inputs (B, C, h, w), timesteps (B,) and what a batch says of the text, to what the base
+        predicts, (B, 4, h, w)."""
         with self.alone():
-            if "prompt_embeds" in batch:
-                text = batch["prompt_embeds"]
-            else:
-                text = text_encoder_output(self.text_encoder, batch["input_ids"])
-            return self.unet(inputs, timesteps, encoder_hidden_states=text).sample
+            embeddings = text_of(text, self.text_encoder)
+            return self.unet(inputs, timesteps, encoder_hidden_states=embeddings).sample
 
 
 def without_adapters(pipeline: Pipeline) -> FrozenBase:

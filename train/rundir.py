@@ -25,6 +25,7 @@ HARMLESS = (
     "data.workers",
     "train.micro_batch_size",
     "train.gradient_checkpointing",
+    "dreambooth.class_batch_size",
     "checkpoint.",
     "preview.every",
     "validation.every",

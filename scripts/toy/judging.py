@@ -83,19 +83,18 @@ class Judge:
         return {name: float(values.mean()) for name, values in right.items()}
 
     def class_kept(
-        self, pictures: Sequence[Any], scenes: Sequence[toy.Scene], free: Sequence[Any]
+        self, pictures: Sequence[Any], scenes: Sequence[toy.Scene], free: Sequence[Sequence[Any]]
     ) -> dict[str, float]:
         """Of the class's other members: how many pictures of full captions are right in all four
-        attributes, and how different (mean 1 - cosine of pairs) those of the bare class are."""
+        attributes, and how different those of one prompt are that leaves the colour open (mean
+        1 - cosine of pairs, as DIV of Ruiz et al. 2022, section 4.3), for several prompts."""
         read = self._read(pictures)
         right = [
             all(value == getattr(scene, name) for name, value in reading.items())
             for reading, scene in zip(read, scenes, strict=True)
         ]
-        features = self._embed(free)
-        pairs = np.triu_indices(len(features), k=1)
-        apart = 1 - (features @ features.T)[pairs]
-        return {"accuracy": float(np.mean(right)), "diversity": float(apart.mean())}
+        apart = [_apart(self._embed(group)) for group in free]
+        return {"accuracy": float(np.mean(right)), "diversity": float(np.mean(apart))}
 
     def _view(self, scene: toy.Scene) -> np.ndarray:
         return toy.render(scene, 128, 128, subject=self.subject)
@@ -126,6 +125,11 @@ class Judge:
             for start in range(0, len(pictures), 64)
             for reading in self.checker.read(list(pictures[start : start + 64]))
         ]
+
+
+def _apart(features: np.ndarray) -> float:
+    """Mean 1 - cosine of all pairs of features (n, d)."""
+    return float(1 - (features @ features.T)[np.triu_indices(len(features), k=1)].mean())
 
 
 def _again(scene: toy.Scene, index: int) -> toy.Scene:

@@ -27,8 +27,9 @@ from train.config import ROOT, Section, UserError, command, load
 if TYPE_CHECKING:
     from scripts.toy.judging import Judge
 
-TRAINING_SEED, CLASS_SEED = 300, 203  # worlds of the training pictures, and of the class's prompts
-PICTURES = 8
+# Worlds of the training pictures, of the class's pictures trained on, and of those asked for.
+TRAINING_SEED, CLASS_IMAGES_SEED, CLASS_SEED = 300, 777, 203
+PICTURES, CLASS_IMAGES = 8, 96
 SUBJECT, WORD, TOKEN = "owl", "owl circle", "<owl>"
 CLASS = "circle"
 Examined = dict[str, list[Any]]  # pictures by what was asked for
@@ -53,31 +54,28 @@ class Trial:
         return self.entry == "textual_inversion" and not any("lora" in s for s in self.settings)
 
 
+CLASS_PATH = "dreambooth.class_path={classes}"
 DREAMBOOTH = ("dreambooth", WORD)
 INVERSION = ("textual_inversion", TOKEN)
 TRIALS = {
-    "dreambooth": Trial("DreamBooth LoRA, class images", *DREAMBOOTH),
-    "dreambooth-prediction": Trial(
-        "DreamBooth LoRA, prior prediction", *DREAMBOOTH, ("dreambooth.prior=prediction",)
+    "dreambooth-images": Trial(
+        "DreamBooth LoRA, class images", *DREAMBOOTH, ("dreambooth.prior=images", CLASS_PATH)
     ),
+    "dreambooth-prediction": Trial("DreamBooth LoRA, prior prediction", *DREAMBOOTH),
     "dreambooth-none": Trial(
-        "DreamBooth LoRA, no prior", *DREAMBOOTH, ("dreambooth.prior=none", "train.batch_size=8")
+        "DreamBooth LoRA, no prior", *DREAMBOOTH, ("dreambooth.prior=none", "train.batch_size=4")
     ),
-    "dreambooth-full": Trial(
-        "DreamBooth in full, class images",
-        *DREAMBOOTH,
-        ("lora=null", "optim.learning_rate=1e-4", "optim.final_learning_rate=1e-6"),
-    ),
-    "inversion-1": Trial(
-        "Textual inversion, 1 vector",
-        *INVERSION,
-        ("textual_inversion.tokens=[{token: <owl>, initial: purple circle, vectors: 1}]",),
-    ),
-    "inversion": Trial("Textual inversion, 4 vectors", *INVERSION),
+    "inversion": Trial("Textual inversion", *INVERSION),
     "pivotal": Trial(
-        "Pivotal tuning (4 vectors and a LoRA)",
+        "Pivotal tuning (textual inversion and LoRA)",
         *INVERSION,
-        ("lora={rank: 4, alpha: 4}", "optim.learning_rate=5e-4"),
+        (
+            "lora={rank: 16, alpha: 16, targets: [attention, proj, feed_forward, convolution]}",
+            "train.batch_size=4",
+            "train.steps=350",
+            "optim.learning_rate=2e-3",
+            "optim.tokens.learning_rate=1e-3",
+        ),
     ),
 }
 
@@ -112,6 +110,7 @@ def main(arguments: list[str]) -> None:
     judge = Judge.of(SUBJECT, views=config.pictures)
     file = config.output / "methods.json"
     found: dict[str, Any] = {"settings": config.model_dump(mode="json", exclude={"document"})}
+    make_classes(config)
     pictures = config.output / "pictures"
     base_pictures = examine(judge, config, None, CLASS, pictures / "base")
     for seed in range(config.seeds):
@@ -156,6 +155,24 @@ def write_data(folder: Path, seed: int) -> Path:
     return folder
 
 
+def make_classes(config: MethodsConfig) -> None:
+    """Pictures of the class for dreambooth-images: what the base makes of many captions."""
+    prompts = config.output / "class-prompts.txt"
+    scenes = class_scenes(CLASS_IMAGES, seed=CLASS_IMAGES_SEED)
+    write_atomically(prompts, "".join(f"{toy.caption(scene)}\n" for scene in scenes).encode())
+    arguments = [
+        f"model={config.model}",
+        f"prompt_file={prompts}",
+        f"output={config.output / 'classes'}",
+        f"count={CLASS_IMAGES}",
+        f"steps={config.steps}",
+        f"guidance={config.guidance}",
+        "batch_size=32",
+    ]
+    script = ROOT / "scripts" / "prior_images.py"
+    subprocess.run([sys.executable, str(script), *arguments], check=True, cwd=ROOT)
+
+
 def train(trial: Trial, config: MethodsConfig, data: Path, run: Path, seed: int) -> None:
     """Starts, resumes or finds finished the run in that directory."""
     arguments = [
@@ -166,7 +183,10 @@ def train(trial: Trial, config: MethodsConfig, data: Path, run: Path, seed: int)
         f"data.cache={config.output / 'cache'}",
         f"seed={seed}",
         "preview.every=0",
-        *trial.settings,
+        *(
+            setting.replace("{classes}", str(config.output / "classes"))
+            for setting in trial.settings
+        ),
     ]
     entry = ROOT / "train" / f"{trial.entry}.py"
     subprocess.run([sys.executable, str(entry), *arguments], check=True, cwd=ROOT)
@@ -187,15 +207,20 @@ def examine(
     prompts = {"subject": [toy.caption(scene, name=name) for scene in judge.scenes]}
     if with_class:
         prompts["class"] = [toy.caption(scene) for scene in class_scenes(config.pictures)]
-        prompts["free"] = [f"a photo of a {CLASS}"] * config.pictures
+        prompts["free"] = [prompt for prompt in free_prompts() for _ in range(config.pictures // 6)]
     return {
         what: generated(pipeline, texts, config, folder / what) for what, texts in prompts.items()
     }
 
 
-def class_scenes(count: int) -> list[toy.Scene]:
+def free_prompts() -> list[str]:
+    """Of the class, in any colour."""
+    return [f"a medium {CLASS} on a {background} background" for background in toy.BACKGROUNDS]
+
+
+def class_scenes(count: int, *, seed: int = CLASS_SEED) -> list[toy.Scene]:
     """Other members of the class."""
-    found = (toy.sample_scene(CLASS_SEED, k) for k in range(100 * count))
+    found = (toy.sample_scene(seed, k) for k in range(100 * count))
     return list(islice((scene for scene in found if scene.shape == CLASS), count))
 
 
@@ -211,7 +236,9 @@ def measure(judge: Judge, config: MethodsConfig, pictures: Examined, seed: int) 
     }
     if "class" in pictures:
         scenes = class_scenes(config.pictures)
-        found["class"] = judge.class_kept(pictures["class"], scenes, pictures["free"])
+        each = config.pictures // 6
+        free = [pictures["free"][k : k + each] for k in range(0, 6 * each, each)]
+        found["class"] = judge.class_kept(pictures["class"], scenes, free)
     return found
 
 
