@@ -114,6 +114,7 @@ def test_the_best_under_bf16(world, tmp_path, by, settings):
         "train.gradient_checkpointing=true",
         "validation.every=2",
         "validation.images=2",
+        "validation.use_best=true",
         f"evaluation.path={world / 'pictures'}",
     )
     losses = {}

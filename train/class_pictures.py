@@ -1,18 +1,19 @@
 """What DreamBooth trains on beside its subjects: pictures of their class, given or made by the
-base, or the subjects' own once more, where the base's prediction is all that is wanted of them."""
+base (train/made_pictures.py), or the subjects' own once more, where the base's prediction is all
+that is wanted of them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from itertools import chain
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.buckets import account
 from data.images import Size
 from data.order import Order
 from data.pairing import (
@@ -24,8 +25,10 @@ from data.pairing import (
     samples_per_bucket,
     share_out,
 )
-from train import models, rundir
+from data.records import Table
+from train import made_pictures, models, rundir
 from train.config import CaptionConfig, DreamBoothRun, SourceConfig, UserError
+from train.made_pictures import Wanted
 from train.pictures import Part, Pictures, find_part
 
 if TYPE_CHECKING:
@@ -33,8 +36,6 @@ if TYPE_CHECKING:
 
     from data.loader import Beside
     from train.method import Pipeline
-
-MADE = "prior-"  # how the folders of pictures that the base made begin, in the cache
 
 
 @dataclass(frozen=True)
@@ -142,22 +143,56 @@ class Planned:
 
     def check(self, pictures: Pictures) -> list[str]:
         """Lines for the plan. Raises UserError where the classes cannot go with these pictures."""
+        if self.config.dreambooth.prior == "prediction":
+            self._check_predicted()
+        if self._lacking:
+            self._check_can_make()
         lines = [f"class    {one.prompt}: {self._checked(one, pictures)}" for one in self.classes]
+        self._check_space(pictures)
         given = [one.part.source for one in self.classes if one.part is not None]
         return [*lines, *(f"note     {note}" for source in given for note in source.notes)]
 
     def _checked(self, one: Class, pictures: Pictures) -> str:
         if self.own:
             return "as the base predicts it for the same pictures"
-        count = len(one.part.sizes) if one.part else self.config.dreambooth.class_images
-        check_enough(self._samples(one, pictures), count, what=one.prompt)
         if one.part is not None:
-            return f"{count} pictures ({one.part.source.recognised})"
-        self._check_can_make()
-        rundir.check_space(
-            self.config.data.cache, self._bytes(pictures, count), what="class pictures"
-        )
+            return self._account(one, one.part, pictures)
+        count = self.config.dreambooth.class_images
+        check_enough(self._samples(one, pictures), count, what=one.prompt)
         return f"{count} pictures that the base makes"
+
+    def _account(self, one: Class, part: Part, pictures: Pictures) -> str:
+        """What becomes of given pictures in the buckets of the subjects'."""
+        shared = self._shared_out(one, part, pictures)
+        table, left_out = shared.source.table, len(part.sizes) - len(shared.sizes)
+        kept = account(table.widths, table.heights, shared.sizes)
+        facts = {
+            f"{100 * kept.cropped.mean():.0f} % of them cropped": kept.cropped.any(),
+            f"{kept.enlarged.sum()} enlarged": kept.enlarged.any(),
+            f"{left_out} smaller than their bucket left out": left_out,
+        }
+        said = [part.source.recognised, *(fact for fact, is_so in facts.items() if is_so)]
+        return f"{len(shared.sizes)} pictures ({'; '.join(said)})"
+
+    @property
+    def _lacking(self) -> list[Class]:
+        """The classes whose pictures are to be made."""
+        return [] if self.own else [one for one in self.classes if one.part is None]
+
+    def _check_predicted(self) -> None:
+        """The base predicts well only what it was trained on."""
+        diffusion, base = self.config.diffusion, models.inspect(self.config.model)
+        if diffusion.zero_terminal_snr:
+            override = "diffusion.zero_terminal_snr=true"
+        elif diffusion.prediction_type not in (None, base.prediction_type):
+            override = f"diffusion.prediction_type={diffusion.prediction_type}"
+        else:
+            return
+        raise UserError(
+            f"dreambooth.prior=prediction: the base predicts {base.prediction_type} on its own "
+            f"noise schedule, which is no target for {override}: leave that out, or set "
+            "dreambooth.prior=images"
+        )
 
     def _check_can_make(self) -> None:
         model = self.config.model
@@ -168,14 +203,35 @@ class Planned:
                 "set dreambooth.prior=prediction, or dreambooth.class_path=my/class/pictures"
             )
 
+    def _check_space(self, pictures: Pictures) -> None:
+        """For pictures to be made: at most 3 bytes per pixel of a PNG, and its cached latents."""
+        if not self._lacking or rundir.has_checkpoints(self.config.output):
+            return  # a run that is resumed has taken its space
+        pixels = int(pictures.sizes.astype(np.int64).prod(axis=1).max())
+        count = self.config.dreambooth.class_images * len(self._lacking)
+        needed = count * (3 * pixels + pixels // 64 * 8 * 2)
+        rundir.check_space(self.config.data.cache, needed, what="class pictures")
+
     def _samples(self, one: Class, pictures: Pictures) -> dict[Size, int]:
         order = pictures.order(seed=self.config.seed, batch_size=self.config.pictures_per_step)
         return samples_per_bucket(order, one.sources)
 
-    def _bytes(self, pictures: Pictures, count: int) -> int:
-        """At most 3 bytes per pixel of a PNG, and its cached latents."""
-        pixels = int(pictures.sizes.astype(np.int64).prod(axis=1).max())
-        return count * (3 * pixels + pixels // 64 * 8 * 2)
+    def _shared_out(self, one: Class, part: Part, pictures: Pictures) -> Part:
+        """Given pictures in the buckets of the subjects': without upscale those that fill them."""
+        samples, table = self._samples(one, pictures), part.source.table
+        sizes = share_out(samples, table.widths, table.heights, what=one.prompt)
+        fills = ~account(table.widths, table.heights, sizes).enlarged
+        if self.config.data.upscale or fills.all():
+            return replace(part, sizes=sizes)
+        if empty := samples.keys() - set(map(tuple, sizes[fills].tolist())):
+            width, height = max(empty)
+            raise UserError(
+                f"dreambooth.class_path={one.path}: no picture is large enough to stand beside the "
+                f"subject's of {width}x{height} pixels, and data.upscale is off. Add larger ones, "
+                "or set data.upscale=true"
+            )
+        source = replace(part.source, table=table.take(np.flatnonzero(fills)))
+        return replace(part, source=source, sizes=sizes[fills])
 
     def manifest(self, pictures: Pictures) -> dict[str, Any]:
         """For the manifest's dataset: the classes, and a hash of the given pictures too."""
@@ -198,7 +254,7 @@ class Planned:
             self.classes,
             self._own_parts(pictures)
             if self.own
-            else [self._part(one, pictures, pipeline, accelerator) for one in self.classes],
+            else self._class_parts(pictures, pipeline, accelerator),
             own=self.own,
             weight=wanted.prior_weight,
             predicted=wanted.prior == "prediction",
@@ -219,98 +275,35 @@ class Planned:
         worded = worded.model_copy(update={"replace": one.prompt})
         return settings.model_copy(update={"name": f"class/{settings.name}", "captions": worded})
 
-    def _part(
-        self, one: Class, pictures: Pictures, pipeline: Pipeline, accelerator: Accelerator
-    ) -> Part:
-        samples = self._samples(one, pictures)
-        part = one.part
-        if part is None:
-            folder = self._make(one, samples, pipeline, accelerator)
-            part = self._scan(one, str(folder))
-            # An earlier run may have wanted more.
-            table = part.source.table.take(range(self.config.dreambooth.class_images))
-            part = replace(part, source=replace(part.source, table=table))
-        table = part.source.table
-        sizes = share_out(samples, table.widths, table.heights, what=one.prompt)
-        return replace(part, sizes=sizes)
-
-    def _make(
-        self,
-        one: Class,
-        samples: dict[Size, int],
-        pipeline: Pipeline,
-        accelerator: Accelerator,
-    ) -> Path:
-        """The folder of the class's pictures, every process having made its share of what it
-        lacked."""
-        wanted = self.config.dreambooth
-        sizes = in_proportion(samples, wanted.class_images, each=True)
-        folder = self.config.data.cache / f"{MADE}{self._key(one, samples, pipeline)}"
-        paths = _generate(one.prompt, sizes, folder, pipeline, self.config, accelerator)
-        accelerator.wait_for_everyone()
-        accelerator.print(f"class    {one.prompt}: {len(paths)} pictures in {folder}")
-        if accelerator.is_main_process:
-            _say_flat(paths)
-        return folder
-
-    def _key(self, one: Class, samples: dict[Size, int], pipeline: Pipeline) -> str:
-        """Of all that the pictures depend on but their number: more are only added."""
-        from eval.generation import scheduler_settings, weights
-        from train.models import tokenizer_fingerprint
-
-        total = sum(samples.values())
-        wanted = self.config.dreambooth
-        facts = [
-            weights(pipeline),
-            tokenizer_fingerprint(pipeline.tokenizer),
-            scheduler_settings(pipeline),
-            (wanted.class_steps, wanted.class_guidance, self.config.train.mixed_precision),
-            one.prompt,
-            [(size, round(many / total, 9)) for size, many in samples.items()],
+    def _class_parts(
+        self, pictures: Pictures, pipeline: Pipeline, accelerator: Accelerator
+    ) -> list[Part]:
+        wanted = {one.prompt: self._wanted(one, pictures) for one in self._lacking}
+        everything = list(chain.from_iterable(wanted.values()))
+        # All at once: what the base is must be found out only once.
+        folder = made_pictures.make(everything, pipeline, self.config, accelerator)
+        return [
+            self._shared_out(one, one.part, pictures)
+            if one.part is not None
+            else self._made(one, wanted[one.prompt], folder, accelerator)
+            for one in self.classes
         ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
+    def _wanted(self, one: Class, pictures: Pictures) -> list[Wanted]:
+        count = self.config.dreambooth.class_images
+        sizes = in_proportion(self._samples(one, pictures), count, each=True)
+        return made_pictures.wanted(one.prompt, sizes)
 
-def _generate(
-    prompt: str,
-    sizes: Sequence[Size],
-    folder: Path,
-    pipeline: Pipeline,
-    config: DreamBoothRun,
-    accelerator: Accelerator,
-) -> list[Path]:
-    """Picture k has the seed k, whatever the run's is, so that runs can share them."""
-    from eval.generation import NotFinite, generate
-
-    try:
-        with accelerator.autocast():
-            return generate(
-                pipeline,
-                [prompt] * len(sizes),
-                seeds=range(len(sizes)),
-                steps=config.dreambooth.class_steps,
-                guidance=config.dreambooth.class_guidance,
-                size=sizes,
-                batch_size=config.dreambooth.class_batch_size,
-                folder=folder,
-                rank=accelerator.process_index,
-                world=accelerator.num_processes,
-                label="making class pictures",
-            )
-    except NotFinite as error:
-        raise UserError(
-            f"dreambooth.prior=images: {error.what} at train.mixed_precision="
-            f"{config.train.mixed_precision}. Use bf16 or no; if that does not help, the base is "
-            "broken"
-        ) from None
-    except OSError as error:
-        raise UserError(f"data.cache={config.data.cache} cannot be used ({error})") from None
-
-
-def _say_flat(paths: Sequence[Path]) -> None:
-    from data.listing import few
-    from eval.generation import of_one_colour
-
-    if flat := of_one_colour(paths):
-        what = few("class pictures of one colour all over, which teach nothing", flat)
-        print(f"note     {what}: look at them, and choose another dreambooth.class_prompt")
+    def _made(
+        self, one: Class, wanted: list[Wanted], folder: Path, accelerator: Accelerator
+    ) -> Part:
+        """The pictures that were made, without what other runs wanted."""
+        of_name = {PurePath(picture.name).name: picture for picture in wanted}
+        inside = folder / PurePath(wanted[0].name).parent
+        accelerator.print(f"class    {one.prompt}: {len(wanted)} pictures in {inside}")
+        part = self._scan(one, str(inside))
+        records = [record for record in part.source.table if record.id in of_name]
+        worded = [replace(r, captions=(of_name[r.id].prompt,)) for r in records]
+        source = replace(part.source, table=Table.of(worded))
+        sizes = np.array([of_name[record.id].size for record in records], np.int32)
+        return replace(part, source=source, sizes=sizes)

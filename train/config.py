@@ -480,7 +480,7 @@ class DreamBoothRun(RunConfig):
         if self.preview.prompts or self.data.depth:  # whose previews need a depth map each
             return self
         named = zip(self.data.named_sources(), self.classes(), strict=True)
-        texts = [text for source, (prompt, _) in named for text in (source.caption, prompt)]
+        texts = [text for source, (prompt, _) in named for text in (_said(source), prompt)]
         chosen = [text for text in texts if text and "{" not in text]
         self.preview.prompts = list(dict.fromkeys(chosen))
         return self
@@ -500,6 +500,11 @@ class DreamBoothRun(RunConfig):
     def pictures_per_step(self) -> int:
         """How many of the data's pictures are in an optimizer step: half of it, with a prior."""
         return self.train.batch_size // (1 if self.dreambooth.prior == "none" else 2)
+
+
+def _said(source: SourceConfig) -> str | None:
+    """The caption that a source's pictures have in common, if they have one."""
+    return (source.captions or CaptionConfig()).replace or source.caption
 
 
 class TokenConfig(Section):

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from train.prior import FrozenBase
 
 
+HIGHEST_IN_FULL = 1e-5  # learning rate that does a subject good where every weight trains
+
+
 def main(arguments: list[str]) -> None:
     config = load(DreamBoothRun, arguments, default=ROOT / "configs/toy/dreambooth.yaml")
     result = "adapter" if config.lora else "full"
@@ -75,7 +78,22 @@ def check(config: DreamBoothRun, classes: Planned, found: Pictures) -> list[str]
     cannot go with the pictures."""
     if config.lora:
         adapters.check(config.lora, config.model)
-    return classes.check(found)
+    return [*classes.check(found), *rate_note(config)]
+
+
+def rate_note(config: DreamBoothRun) -> list[str]:
+    """LoRA's rates, left as they were, make every weight forget in a few steps."""
+    if config.lora or config.optim.name == "prodigy":
+        return []
+    parts = {"learning_rate": config.optim.learning_rate}
+    if config.dreambooth.text_encoder and (own := config.optim.text_encoder.learning_rate):
+        parts["text_encoder.learning_rate"] = own
+    return [
+        f"note     lora=null trains every weight, at optim.{key}={rate:g}: above {HIGHEST_IN_FULL:g} "
+        "the class is forgotten before the subject is learned; 2e-6 is usual"
+        for key, rate in parts.items()
+        if rate > HIGHEST_IN_FULL
+    ]
 
 
 def trains_text_encoder(config: DreamBoothRun) -> bool:
@@ -130,9 +148,7 @@ class DreamBooth:
     def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
         from train import optim
 
-        if self._lora is not None:
-            return optim.groups(adapters.named_parameters(self._pipeline), config)
-        parts = {name: getattr(self._pipeline, name) for name in ("unet", "text_encoder")}
+        parts = {name: getattr(self._pipeline, name) for name in adapters.PARTS}
         return optim.groups({n: p.named_parameters() for n, p in parts.items()}, config)
 
     def pipeline(self) -> Pipeline:

@@ -126,8 +126,8 @@ def scheduler_facts(path: object, scheduler: dict[str, Any]) -> dict[str, Any]:
     if "beta_schedule" not in scheduler or prediction not in _PREDICTIONS:
         raise UserError(
             f"model.path={path}: {kind} predicts {prediction} and has beta_schedule="
-            f"{scheduler.get('beta_schedule')} (scheduler/scheduler_config.json); trained is what "
-            f"predicts one of {', '.join(_PREDICTIONS)} on a schedule of betas. {TRAINED}"
+            f"{scheduler.get('beta_schedule')} (scheduler/scheduler_config.json), in place of "
+            f"one of {', '.join(_PREDICTIONS)} on a schedule of betas; {TRAINED}"
         )
     return {
         "prediction_type": prediction,
