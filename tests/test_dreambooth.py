@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,15 @@ import yaml
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 
+from eval import generation
 from eval.generation import to_uint8
 from tests.runs import arguments, finish, launch, make_world
 from tests.tiny import tiny_pipeline
-from train import class_pictures, dreambooth, feeding, models, pictures
-from train.config import DreamBoothRun, LoraRun, UserError, load
+from train import class_pictures, dreambooth, feeding, models, pictures, rundir
+from train.config import ROOT, DreamBoothRun, LoraRun, RunFailed, UserError, load
 from train.diffusion import Objective
 
 COMPARABLE = ("lora.dropout=0", "optim.learning_rate=1e-3", "optim.eps=1e-6")
@@ -98,7 +102,11 @@ def method_of(config, pipeline):
 
 
 def class_folders(world: Path) -> list[Path]:
-    return sorted((world / "cache").glob("prior-*"))
+    return sorted((world / "cache").glob("prior-*/*"))
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("prior-*/*/*.png")}
 
 
 # Batches
@@ -127,7 +135,7 @@ def test_a_step_has_pairs_of_one_bucket_and_weighs_the_means(world, tmp_path):
 def test_generated_pictures_have_the_buckets_of_the_subject(world, tmp_path):
     prepared(world, tmp_path)
     (folder,) = class_folders(world)
-    sizes = [Image.open(path).size for path in sorted(folder.glob("*.png"))]
+    sizes = [Image.open(path).size for path in folder.glob("*.png")]
     own = {tuple(size) for size in pictures.find(load_data(world, tmp_path)).sizes.tolist()}
     assert len(sizes) == 7 and set(sizes) == own
 
@@ -139,48 +147,105 @@ def load_data(world, tmp_path):
 def test_more_class_pictures_are_only_added_and_fewer_taken(world, tmp_path):
     where = f"data.cache={tmp_path / 'cache'}"
     prepared(world, tmp_path, where)
-    (folder,) = (tmp_path / "cache").glob("prior-*")
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    before = stamps(tmp_path / "cache")
     prepared(world, tmp_path, where, "dreambooth.class_images=9")
-    after = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    after = stamps(tmp_path / "cache")
     assert len(after) == 9 and before.items() <= after.items()
     _, _, batches = prepared(world, tmp_path, where, "dreambooth.class_images=4")
     assert len(batches.training_set.records) == 9 + 4
 
 
+def test_another_subject_s_picture_only_adds_class_pictures(world, tmp_path):
+    own = tmp_path / "pictures"
+    shutil.copytree(world / "pictures", own)
+    where = [f"data.path={own}", f"data.cache={tmp_path / 'cache'}", "data.caption=x"]
+    prepared(world, tmp_path, *where)
+    before = stamps(tmp_path / "cache")
+    Image.new("RGB", (64, 64), "red").save(own / "one-more.png")
+    _, _, batches = prepared(world, tmp_path, *where)
+    after = stamps(tmp_path / "cache")
+    assert before.items() <= after.items() and len(after) < 7 + 4
+    assert len(batches.training_set.records) == 10 + 7
+
+
 def test_damaged_class_pictures_are_made_again(world, tmp_path):
     where = f"data.cache={tmp_path / 'cache'}"
     prepared(world, tmp_path, where)
-    (folder,) = (tmp_path / "cache").glob("prior-*")
-    before = (folder / "00002.png").read_bytes()
-    (folder / "00002.png").write_bytes(before[:-60])
-    (folder / "00005.png").unlink()
+    first, second, *_ = sorted(stamps(tmp_path / "cache"))
+    before = first.read_bytes()
+    first.write_bytes(before[:-60])
+    second.unlink()
     prepared(world, tmp_path, where)
-    assert len(list(folder.glob("*.png"))) == 7
-    assert len((folder / "00002.png").read_bytes()) == pytest.approx(len(before), rel=0.05)
+    assert len(stamps(tmp_path / "cache")) == 7 and first.read_bytes() == before
 
 
-def test_class_pictures_are_captioned_with_the_class_prompt_alone(world, tmp_path):
-    folder = tmp_path / "class"
-    folder.mkdir()
-    for k in range(5):
-        Image.new("RGB", (64 + 4 * k, 64), (40 * k, 90, 30)).save(folder / f"{k}.png")
-        (folder / f"{k}.txt").write_text("a caption of its own")
-    overrides = [
-        f"dreambooth.class_path={folder}",
-        "data.captions.replace=a photo of zwx",
-        "data.caption_dropout=0",
-    ]
+def test_class_pictures_are_as_the_checkpoint_samples_whatever_is_overridden(world, tmp_path):
+    where = f"data.cache={tmp_path / 'cache'}"
+    prepared(world, tmp_path, where)
+    before = stamps(tmp_path / "cache")
+    _, pipeline, _ = prepared(world, tmp_path, where, "diffusion.zero_terminal_snr=true")
+    assert stamps(tmp_path / "cache") == before
+    assert pipeline.scheduler.config.rescale_betas_zero_snr
+    made = [json.loads(Image.open(path).info["sd-atelier"])["scheduler"] for path in before]
+    assert {one["timestep_spacing"] for one in made} == {"leading"}
+    assert not any(one["rescale_betas_zero_snr"] for one in made)
+
+
+def test_the_base_is_hashed_no_oftener_for_more_classes(world, tmp_path, monkeypatch):
+    hashed, real = [], models.fingerprint
+    monkeypatch.setattr(models, "fingerprint", lambda part: hashed.append(part) or real(part))
+    counts = []
+    several_classes = (*several(world, tmp_path / "own"), "dreambooth.class_prompt=null")
+    for k, sources in enumerate([(), several_classes]):
+        hashed.clear()
+        prepared(world, tmp_path, f"data.cache={tmp_path / str(k)}", *sources)
+        counts.append(len(hashed))
+    assert counts[0] == counts[1]
+
+
+def test_of_wildcards_each_class_picture_keeps_what_it_was_made_with(world, tmp_path):
+    prompt = "dreambooth.class_prompt=a {red|green|blue} circle"
+    _, _, batches = prepared(world, tmp_path, prompt, "dreambooth.class_images=12")
+    training_set = batches.training_set
+    captions = set()
+    for index in range(9, 9 + 12):
+        record = training_set.records[index]
+        asked = json.loads(Image.open(record.path).info["sd-atelier"])["prompt"]
+        assert record.captions == (asked,)
+        captions.add(asked)
+    assert captions == {f"a {colour} circle" for colour in ("red", "green", "blue")}
+
+
+def test_class_pictures_that_another_machine_has_are_missed_by_name(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(UserError, match=r"data\.cache=.*not the same folder for all processes"):
+        prepared(world, tmp_path, f"data.cache={tmp_path / 'cache'}")
+
+
+def test_too_many_class_pictures_at_once_are_named(world, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(generation, "_sample", full)
+    with pytest.raises(RunFailed, match=r"dreambooth\.class_batch_size=4 .*lower it"):
+        prepared(world, tmp_path, f"data.cache={tmp_path / 'cache'}")
+
+
+@pytest.mark.parametrize("own", [None, "a caption of its own"])
+def test_given_class_pictures_have_their_own_captions_or_the_class_prompt(world, tmp_path, own):
+    given = write_class(tmp_path / "class", *[(64 + 4 * k, 64) for k in range(5)])
+    for picture in list((tmp_path / "class").glob("*.png")) if own else []:
+        picture.with_suffix(".txt").write_text(own)
+    overrides = [given, "data.captions.replace=a photo of zwx", "data.caption_dropout=0"]
     before = class_folders(world)
     _, pipeline, batches = prepared(world, tmp_path / "run", *overrides)
     assert class_folders(world) == before  # nothing is made
     batch = batches.training_set.gather(0, rank=0, world=1)
     encode = models.caption_encoder(pipeline.tokenizer, pipeline.text_encoder)
     half = len(batch["ids"]) // 2
-    for rows, caption in ((range(half), "a photo of zwx"), (range(half, 2 * half), "a circle")):
-        for row in rows:
-            expected = encode([caption])[0]
-            torch.testing.assert_close(batch["prompt_embeds"][row], expected, atol=2e-3, rtol=0)
+    for row, caption in enumerate(["a photo of zwx"] * half + [own or "a circle"] * half):
+        expected = encode([caption])[0]
+        torch.testing.assert_close(batch["prompt_embeds"][row], expected, atol=2e-3, rtol=0)
 
 
 def several(world: Path, folder: Path, *, same: bool = False) -> list[str]:
@@ -230,6 +295,78 @@ def test_prior_prediction_shows_each_picture_again_with_the_class_prompt(world, 
     keys, count = training_set.latent_keys.keys, len(training_set.records) // 2
     assert all(keys(index) == keys(count + index) for index in range(count))
     assert training_set.wordings[1].variants(("any",)) == ["a circle"]
+
+
+def test_the_base_predicts_all_of_a_picture_whatever_its_mask(world, tmp_path):
+    own = tmp_path / "pictures"
+    shutil.copytree(world / "pictures", own)
+    for path in list(own.glob("*.png")):
+        mask = Image.new("L", Image.open(path).size)
+        mask.paste(255, (0, 0, 24, 24))
+        mask.save(path.with_suffix(".mask.png"))
+    masks = [f"data.path={own}", "data.masks=true"]
+    for prior in (PREDICTION, ()):
+        config, pipeline, batches = prepared(world, tmp_path, *masks, *prior)
+        batch = batches.training_set.gather(0, rank=0, world=1)
+        half = len(batch["ids"]) // 2
+        assert batch["mask"][:half].mean() < 0.3 and batch["mask"][half:].min() == 1
+        if prior:
+            assert method_of(config, pipeline).model(batch)[half:].max() < 1e-8
+
+
+def test_of_weighted_sources_each_sample_is_predicted_for_its_own_class(world, tmp_path):
+    sources = several(world, tmp_path / "own")
+    sources[0] = sources[0].replace("dog, cap", "dog, weight: 0.3, cap")
+    sources[0] = sources[0].replace("cat, cap", "cat, weight: 0.7, cap")
+    null = "dreambooth.class_prompt=null"
+    _, pipeline, batches = prepared(world, tmp_path, *sources, null, *PREDICTION,
+                                    "data.caption_dropout=0", "train.batch_size=8")  # fmt: skip
+    encode = models.caption_encoder(pipeline.tokenizer, pipeline.text_encoder)
+    concepts = []
+    for step in range(12):
+        batch = batches.training_set.gather(step, rank=0, world=1)
+        half = len(batch["ids"]) // 2
+        assert batch["ids"][half:] == [f"class/{name}" for name in batch["ids"][:half]]
+        for row in range(half, 2 * half):
+            concepts.append(batch["ids"][row].split("/")[1])
+            expected = encode([f"a {concepts[-1]}"])[0]
+            torch.testing.assert_close(batch["prompt_embeds"][row], expected, atol=2e-3, rtol=0)
+    assert concepts.count("cat") > 1.5 * concepts.count("dog") > 0
+
+
+# Given class pictures
+
+
+def write_class(folder: Path, *sizes: tuple[int, int]) -> str:
+    folder.mkdir()
+    for k, size in enumerate(sizes):
+        Image.new("RGB", size, (40 * k, 90, 30)).save(folder / f"{k}.png")
+    return f"dreambooth.class_path={folder}"
+
+
+def test_what_becomes_of_given_class_pictures_is_said(world, tmp_path, capsys):
+    given = write_class(tmp_path / "class", *[(24, 16), (160, 64), (64, 160), (200, 200)])
+    run(world, tmp_path / "run", given, "dry_run=true")
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("class ")]
+    assert line.startswith("class    a circle: 4 pictures (") and "1 enlarged" in line
+    assert "% of them cropped" in line
+
+
+def test_class_pictures_are_not_enlarged_where_none_shall_be(world, tmp_path, capsys):
+    large = [(200, 200), (100, 200), (200, 100)]
+    given = write_class(tmp_path / "class", (16, 16), *large)
+    small = [given, "data.upscale=false"]
+    run(world, tmp_path / "run", *small, "dry_run=true")
+    assert "3 pictures" in (said := capsys.readouterr().out) and "1 smaller than" in said
+    _, _, batches = prepared(world, tmp_path, *small)
+    beside = list(batches.training_set.records)[9:]
+    assert {(one.width, one.height) for one in beside} == set(large)
+
+
+def test_class_pictures_all_too_small_are_named(world, tmp_path):
+    given = write_class(tmp_path / "class", *[(24, 16)] * 6)
+    with pytest.raises(UserError, match=r"class_path=.*large enough.*data\.upscale=true"):
+        run(world, tmp_path / "run", given, "data.upscale=false")
 
 
 # The loss
@@ -376,7 +513,7 @@ def test_a_whole_pipeline_gives_the_pixels_of_the_last_preview(world, tmp_path):
     assert np.array_equal(to_uint8(image), preview)
 
 
-@pytest.mark.parametrize("overrides", [(), PREDICTION])
+@pytest.mark.parametrize("overrides", [(), PREDICTION, (*PREDICTION, *FULL)])
 def test_a_resumed_run_ends_in_the_same_bits(world, tmp_path, finished, overrides, monkeypatch):
     whole = run(world, tmp_path / "whole", *overrides) if overrides else finished
     from train.checkpoint import Checkpoints
@@ -392,9 +529,10 @@ def test_a_resumed_run_ends_in_the_same_bits(world, tmp_path, finished, override
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Checkpoints, "save", killed)
         run(world, tmp_path / "parts", *overrides, preview)
-    assert not (tmp_path / "parts" / "adapter").exists()
+    assert not any((tmp_path / "parts" / result).exists() for result in ("adapter", "full"))
     run(world, tmp_path / "parts", *overrides, preview)
-    assert_same(adapter(tmp_path / "parts"), adapter(whole))
+    last = "checkpoints/step-00000006/model.safetensors"
+    assert_same(load_file(tmp_path / "parts" / last), load_file(whole / last))
     assert losses(tmp_path / "parts") == losses(whole)
 
 
@@ -423,7 +561,19 @@ def test_two_processes_make_and_train_on_the_same(world, tmp_path, overrides):
 
 
 @pytest.mark.parametrize("overrides", [PREDICTION, (*PREDICTION, *FULL)])
-def test_mixed_precision_trains_towards_the_base_s_prediction(world, tmp_path, overrides):
+def test_mixed_precision_starts_from_the_base_s_prediction(world, tmp_path, overrides):
+    config, pipeline, batches = prepared(world, tmp_path, *overrides, "train.mixed_precision=bf16")
+    if config.lora:
+        models.store_in(pipeline, "bf16")
+    batch = batches.training_set.gather(0, rank=0, world=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = method_of(config, pipeline).model(batch)
+    half = len(found) // 2
+    assert found[half:].max() < 1e-3 < 0.1 < found[:half].min()
+
+
+@pytest.mark.parametrize("overrides", [PREDICTION, (*PREDICTION, *FULL)])
+def test_mixed_precision_trains_in_fp32(world, tmp_path, overrides):
     precision = "train.mixed_precision=bf16"
     output = run(world, tmp_path / "run", *overrides, precision, "train.steps=3")
     assert all(np.isfinite(losses(output)))
@@ -442,15 +592,10 @@ def test_several_concepts_train_in_one_run(world, tmp_path, capsys):
 
 
 def test_other_class_pictures_are_another_run(world, tmp_path):
-    folder = tmp_path / "class"
-    folder.mkdir()
-    for k in range(4):
-        Image.new("RGB", (64, 64), (60 * k, 90, 30)).save(folder / f"{k}.png")
-    given = f"dreambooth.class_path={folder}"
+    given = write_class(tmp_path / "class", *[(64, 64)] * 4)
     run(world, tmp_path / "run", given, "train.steps=2")
-    Image.new("RGB", (64, 64), "white").save(folder / "3.png")
-    (tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors").unlink()
-    (tmp_path / "run" / "adapter").rename(tmp_path / "gone")
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "class" / "3.png")
+    shutil.rmtree(tmp_path / "run" / "adapter")
     with pytest.raises(UserError, match="other pictures"):
         run(world, tmp_path / "run", given, "train.steps=2")
 
@@ -460,6 +605,39 @@ def test_an_inpainting_base_predicts_for_the_same_mask(world, tmp_path, inpainti
     batch = batches.training_set.gather(0, rank=0, world=1)
     found = method_of(config, pipeline).model(batch)
     assert found[2:].max() < 1e-8 and found[:2].min() > 1e-3
+
+
+def test_a_finished_run_needs_no_space_and_no_old_batch_size(world, tmp_path, monkeypatch, capsys):
+    short = ["train.steps=1", "optim.warmup_steps=0"]
+    output = run(world, tmp_path / "run", *short)
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10, 9, 1))
+    run(world, output, *short, "dreambooth.class_batch_size=2")
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_space_for_all_classes_is_asked_for_together(world, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(rundir, "check_space", lambda _, many, what: needed.append((what, many)))
+    for sources in ((), (*several(world, tmp_path / "own"), "dreambooth.class_prompt=null")):
+        run(world, tmp_path / "run", "dry_run=true", *sources)
+    one, two = (many for what, many in needed if what == "class pictures")
+    assert two == 2 * one > 7 * 3 * 48 * 48
+
+
+def test_class_pictures_made_otherwise_on_the_way_are_told(world, tmp_path, capsys):
+    where = f"data.cache={tmp_path / 'cache'}"
+    output = run(world, tmp_path / "run", where, "train.steps=2")
+    told = "made anew, and differ by rounding"
+    assert told not in capsys.readouterr().out
+    shutil.rmtree(output / "adapter")
+    picture = min(stamps(tmp_path / "cache"))
+    with Image.open(picture) as image:
+        about = PngInfo()
+        about.add_text("sd-atelier", image.info["sd-atelier"])
+        Image.eval(image.convert("RGB"), lambda value: value ^ 1).save(picture, pnginfo=about)
+    run(world, output, where, "train.steps=2")
+    assert told in capsys.readouterr().out
 
 
 # What is refused, before anything heavy
@@ -482,6 +660,8 @@ def no_weights(monkeypatch):
         (("dreambooth.class_path=no/such/folder",), r"dreambooth\.class_path=no/such/folder"),
         (("lora.blocks={up_blocks.9: 0}",), r"lora\.blocks: 'up_blocks\.9'"),
         (("data.streaming=true",), r"data\.streaming: class pictures"),
+        (("diffusion.zero_terminal_snr=true", *PREDICTION), r"prior=prediction: .*terminal_snr"),
+        (("diffusion.prediction_type=epsilon", *PREDICTION), r"predicts v_prediction .*=epsilon"),
         (("data.depth=true",), r"data\.depth: .*prior=prediction"),
     ],
 )
@@ -526,6 +706,24 @@ def test_the_plan_counts_the_subject_s_epochs_and_trains_nothing(world, tmp_path
     assert "class    a circle: 7 pictures that the base makes" in said
     assert "epochs of 5 steps" in said and "nothing trained" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_rate_of_a_lora_is_noted_where_every_weight_trains(world, tmp_path, capsys):
+    for changes, noted in ((FULL, True), ((*FULL, "optim.learning_rate=2e-6"), False), ((), False)):
+        run(world, tmp_path / "run", "dry_run=true", "optim.final_learning_rate=0", *changes)
+        assert ("note     lora=null trains every weight" in capsys.readouterr().out) == noted
+
+
+def test_without_prompts_previews_show_the_subject_and_its_class():
+    shipped = str(ROOT / "configs/dreambooth.yaml")
+    with pytest.raises(UserError, match=r"dreambooth\.class_prompt is missing"):
+        load(DreamBoothRun, ["--config", shipped, "data.path=my/dog"])
+    given = ["data.path=my/dog", "data.caption=a photo of zwx dog"]
+    given += ["dreambooth.class_prompt=a photo of a dog"]
+    config = load(DreamBoothRun, ["--config", shipped, *given])
+    assert config.preview.prompts == ["a photo of zwx dog", "a photo of a dog"]
+    config = load(DreamBoothRun, ["--config", shipped, *given, "preview.prompts=[a cat]"])
+    assert config.preview.prompts == ["a cat"]
 
 
 def test_a_run_s_configuration_repeats_it(finished):

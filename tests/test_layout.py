@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -161,8 +162,11 @@ SCHEMAS = {
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: str(f.relative_to(ROOT)))
 def test_every_shipped_configuration_is_valid_and_says_how_it_is_launched(file):
     text = file.read_text(encoding="utf-8")
-    (entry,) = re.findall(r"^# +accelerate launch (\S+\.py)", text, flags=re.M)
-    config = load(SCHEMAS.get(entry, LoopConfig), ["--config", str(file)])
+    ((entry, rest),) = re.findall(
+        r"^# +accelerate launch (\S+\.py)((?:.*\\\n)*.*)$", text, flags=re.M
+    )
+    overrides = [word for word in shlex.split(rest.replace("\\\n#", "")) if "=" in word]
+    config = load(SCHEMAS.get(entry, LoopConfig), ["--config", str(file), *overrides])
     assert (ROOT / entry).is_file()
     if isinstance(config, RunConfig) and "toy" not in file.parts:
         assert (config.model.path, config.data.resolution) == (

@@ -89,8 +89,8 @@ def rate_note(config: DreamBoothRun) -> list[str]:
     if config.dreambooth.text_encoder and (own := config.optim.text_encoder.learning_rate):
         parts["text_encoder.learning_rate"] = own
     return [
-        f"note     lora=null trains every weight, at optim.{key}={rate:g}: above {HIGHEST_IN_FULL:g} "
-        "the class is forgotten before the subject is learned; 2e-6 is usual"
+        f"note     lora=null trains every weight, at optim.{key}={rate:g}: above "
+        f"{HIGHEST_IN_FULL:g} all else is forgotten while the subject is learned; 2e-6 is usual"
         for key, rate in parts.items()
         if rate > HIGHEST_IN_FULL
     ]
