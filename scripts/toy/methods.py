@@ -72,7 +72,7 @@ TRIALS = {
         (
             "lora={rank: 16, alpha: 16, targets: [attention, proj, feed_forward, convolution]}",
             "train.batch_size=4",
-            "train.steps=350",
+            "train.steps=500",
             "optim.learning_rate=2e-3",
             "optim.tokens.learning_rate=1e-3",
         ),
@@ -159,14 +159,17 @@ def make_classes(config: MethodsConfig) -> None:
     """Pictures of the class for dreambooth-images: what the base makes of many captions."""
     prompts = config.output / "class-prompts.txt"
     scenes = class_scenes(CLASS_IMAGES, seed=CLASS_IMAGES_SEED)
-    write_atomically(prompts, "".join(f"{toy.caption(scene)}\n" for scene in scenes).encode())
+    texts = [
+        toy.caption(scene, name=None if k % 2 else CLASS) for k, scene in enumerate(scenes)
+    ]  # half of them leave the colour open
+    write_atomically(prompts, "".join(f"{text}\n" for text in dict.fromkeys(texts)).encode())
     arguments = [
         f"model={config.model}",
         f"prompt_file={prompts}",
         f"output={config.output / 'classes'}",
-        f"count={CLASS_IMAGES}",
+        "count=2",
         f"steps={config.steps}",
-        f"guidance={config.guidance}",
+        "guidance=1",  # or the class would have it twice, in training and in sampling
         "batch_size=32",
     ]
     script = ROOT / "scripts" / "prior_images.py"
