@@ -27,9 +27,8 @@ from train.config import ROOT, Section, UserError, command, load
 if TYPE_CHECKING:
     from scripts.toy.judging import Judge
 
-# Worlds of the training pictures, of the class's pictures trained on, and of those asked for.
-TRAINING_SEED, CLASS_IMAGES_SEED, CLASS_SEED = 300, 777, 203
-PICTURES, CLASS_IMAGES = 8, 96
+TRAINING_SEED, CLASS_SEED = 300, 203  # worlds of the training pictures, and of the class's prompts
+PICTURES = 8
 SUBJECT, WORD, TOKEN = "owl", "owl circle", "<owl>"
 CLASS = "circle"
 Examined = dict[str, list[Any]]  # pictures by what was asked for
@@ -54,12 +53,11 @@ class Trial:
         return self.entry == "textual_inversion" and not any("lora" in s for s in self.settings)
 
 
-CLASS_PATH = "dreambooth.class_path={classes}"
 DREAMBOOTH = ("dreambooth", WORD)
 INVERSION = ("textual_inversion", TOKEN)
 TRIALS = {
     "dreambooth-images": Trial(
-        "DreamBooth LoRA, class images", *DREAMBOOTH, ("dreambooth.prior=images", CLASS_PATH)
+        "DreamBooth LoRA, class images", *DREAMBOOTH, ("dreambooth.prior=images",)
     ),
     "dreambooth-prediction": Trial("DreamBooth LoRA, prior prediction", *DREAMBOOTH),
     "dreambooth-none": Trial(
@@ -110,7 +108,6 @@ def main(arguments: list[str]) -> None:
     judge = Judge.of(SUBJECT, views=config.pictures)
     file = config.output / "methods.json"
     found: dict[str, Any] = {"settings": config.model_dump(mode="json", exclude={"document"})}
-    make_classes(config)
     pictures = config.output / "pictures"
     base_pictures = examine(judge, config, None, CLASS, pictures / "base")
     for seed in range(config.seeds):
@@ -155,27 +152,6 @@ def write_data(folder: Path, seed: int) -> Path:
     return folder
 
 
-def make_classes(config: MethodsConfig) -> None:
-    """Pictures of the class for dreambooth-images: what the base makes of many captions."""
-    prompts = config.output / "class-prompts.txt"
-    scenes = class_scenes(CLASS_IMAGES, seed=CLASS_IMAGES_SEED)
-    texts = [
-        toy.caption(scene, name=None if k % 2 else CLASS) for k, scene in enumerate(scenes)
-    ]  # half of them leave the colour open
-    write_atomically(prompts, "".join(f"{text}\n" for text in dict.fromkeys(texts)).encode())
-    arguments = [
-        f"model={config.model}",
-        f"prompt_file={prompts}",
-        f"output={config.output / 'classes'}",
-        "count=2",
-        f"steps={config.steps}",
-        "guidance=1",  # or the class would have it twice, in training and in sampling
-        "batch_size=32",
-    ]
-    script = ROOT / "scripts" / "prior_images.py"
-    subprocess.run([sys.executable, str(script), *arguments], check=True, cwd=ROOT)
-
-
 def train(trial: Trial, config: MethodsConfig, data: Path, run: Path, seed: int) -> None:
     """Starts, resumes or finds finished the run in that directory."""
     arguments = [
@@ -186,10 +162,7 @@ def train(trial: Trial, config: MethodsConfig, data: Path, run: Path, seed: int)
         f"data.cache={config.output / 'cache'}",
         f"seed={seed}",
         "preview.every=0",
-        *(
-            setting.replace("{classes}", str(config.output / "classes"))
-            for setting in trial.settings
-        ),
+        *trial.settings,
     ]
     entry = ROOT / "train" / f"{trial.entry}.py"
     subprocess.run([sys.executable, str(entry), *arguments], check=True, cwd=ROOT)
@@ -221,9 +194,9 @@ def free_prompts() -> list[str]:
     return [f"a medium {CLASS} on a {background} background" for background in toy.BACKGROUNDS]
 
 
-def class_scenes(count: int, *, seed: int = CLASS_SEED) -> list[toy.Scene]:
+def class_scenes(count: int) -> list[toy.Scene]:
     """Other members of the class."""
-    found = (toy.sample_scene(seed, k) for k in range(100 * count))
+    found = (toy.sample_scene(CLASS_SEED, k) for k in range(100 * count))
     return list(islice((scene for scene in found if scene.shape == CLASS), count))
 
 
