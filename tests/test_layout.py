@@ -77,8 +77,10 @@ def test_the_walk_sees_what_there_is():
 
 
 def test_config_imports_nothing_of_ours():
-    assert ours(MODULES["train.config"]) == {"train.data_config", "train.parsing"}
-    assert ours(MODULES["train.data_config"]) == {"train.parsing"}
+    sections = {"train.data_config", "train.optim_config"}
+    assert ours(MODULES["train.config"]) == {*sections, "train.parsing"}
+    for name in sections:
+        assert ours(MODULES[name]) == {"train.parsing"}
     assert not ours(MODULES["train.parsing"])
 
 
