@@ -69,8 +69,8 @@ class Judge:
         return (similarity - base) / (self.real - base)
 
     def recombined(self, pictures: Sequence[Any], scenes: Sequence[toy.Scene]) -> dict[str, float]:
-        """Share of pictures that show the subject, in the right size, on the right background, and
-        all at once."""
+        """Share of pictures that show the subject, the right size, the right background, both of
+        the latter as was asked, and all at once."""
         read = self._read(pictures)
         right = {
             "subject": np.array([name == self.subject for name in self._named(pictures, scenes)]),
@@ -79,7 +79,8 @@ class Judge:
                 [r["background"] == s.background for r, s in zip(read, scenes, strict=True)]
             ),
         }
-        right["all"] = np.logical_and.reduce(list(right.values()))
+        right["asked"] = right["size"] & right["background"]
+        right["all"] = right["asked"] & right["subject"]
         return {name: float(values.mean()) for name, values in right.items()}
 
     def class_kept(

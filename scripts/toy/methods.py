@@ -106,14 +106,10 @@ def main(arguments: list[str]) -> None:
     from scripts.toy.judging import Judge
 
     judge = Judge.of(SUBJECT, views=config.pictures)
-    file = config.output / "methods.json"
-    found: dict[str, Any] = {"settings": config.model_dump(mode="json", exclude={"document"})}
-    pictures = config.output / "pictures"
-    base_pictures = examine(judge, config, None, CLASS, pictures / "base")
+    base = examine(judge, config, None, CLASS, config.output / "pictures/base")
     for seed in range(config.seeds):
         data = write_data(config.output / "data", seed)
-        base = measure(judge, config, base_pictures, seed)
-        found.setdefault("base", []).append(base)
+        before = measure(judge, config, base, seed)
         for name in config.trials:
             trial, run = TRIALS[name], config.output / f"{name}-{seed}"
             train(trial, config, data, run, seed)
@@ -122,18 +118,29 @@ def main(arguments: list[str]) -> None:
                 config,
                 run / trial.result,
                 trial.name,
-                pictures / run.name,
+                config.output / "pictures" / run.name,
                 with_class=not trial.leaves_the_class,
             )
-            measured = measure(judge, config, made, seed)
-            found.setdefault(name, []).append(measured | compared(judge, measured, base))
-            print(f"{name} {seed}: {json.dumps(found[name][-1])}", flush=True)
-            write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
-    found["real"] = {"similarity": judge.real, "faceless": judge.faceless}
-    write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
-    print(table(found))
+            after = measure(judge, config, made, seed)
+            keep(config.output, name, seed, after | compared(judge, after, before))
+    print(f"a body without a face: {judge.closed(judge.faceless, before['similarity']):.0%}")
+    print(table(kept(config.output)))
     if config.document is not None:
         sheet(config).save(config.document / "methods.png", optimize=True)
+
+
+def keep(output: Path, name: str, seed: int, measured: dict[str, Any]) -> None:
+    """Adds a measurement to methods.json, in place of an earlier one of the same run."""
+    found = kept(output)
+    found.setdefault(name, {})[str(seed)] = measured
+    content = json.dumps(found, indent=1, sort_keys=True) + "\n"
+    write_atomically(output / "methods.json", content.encode())
+
+
+def kept(output: Path) -> dict[str, Any]:
+    """All measurements so far: by trial, by seed."""
+    file = output / "methods.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def write_data(folder: Path, seed: int) -> Path:
@@ -258,19 +265,23 @@ def generated(
     return [read_rgb(path) for path in paths]
 
 
+COLUMNS = {
+    "distance closed": ("closed",),
+    "size, background right": ("recombined", "asked"),
+    "and the owl": ("recombined", "all"),
+    "class accuracy kept": ("accuracy_kept",),
+    "class diversity kept": ("diversity_kept",),
+}
+
+
 def table(found: dict[str, Any]) -> str:
     """Markdown: mean and spread (smallest to largest) over the seeds."""
-    columns = {
-        "distance closed": ("closed",),
-        "recombined right": ("recombined", "all"),
-        "class accuracy kept": ("accuracy_kept",),
-        "class diversity kept": ("diversity_kept",),
-    }
-    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| method | {' | '.join(COLUMNS)} | runs |", "|---" * (len(COLUMNS) + 2) + "|"]
     for name, trial in TRIALS.items():
-        if name in found:
-            cells = [_spread([_at(run, path) for run in found[name]]) for path in columns.values()]
-            lines.append(f"| {trial.title} | {' | '.join(cells)} |")
+        runs = list(found.get(name, {}).values())
+        if runs:
+            cells = [_spread([_at(run, path) for run in runs]) for path in COLUMNS.values()]
+            lines.append(f"| {trial.title} | {' | '.join(cells)} | {len(runs)} |")
     return "\n".join(lines)
 
 
@@ -281,6 +292,8 @@ def _at(measured: Any, path: Sequence[str]) -> float:
 
 
 def _spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.0%}"
     return f"{np.mean(values):.0%} ({min(values):.0%} to {max(values):.0%})"
 
 
