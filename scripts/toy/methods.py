@@ -308,11 +308,8 @@ def sheet(config: MethodsConfig) -> Any:
     rows = [
         sorted((config.output / "data" / "dreambooth-0").glob("*.png"))[:8],
         *(
-            [
-                config.output / "pictures" / f"{name}-0" / "subject" / f"{k:05d}.png"
-                for k in range(8)
-            ]
-            for name in ("base", *config.trials)
+            [config.output / "pictures" / name / "subject" / f"{k:05d}.png" for k in range(8)]
+            for name in ("base", *(f"{name}-0" for name in config.trials))
         ),
     ]
     pictures = [[Image.open(file).convert("RGB") for file in row] for row in rows]
