@@ -6,10 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 
 from data import toy
+from eval.generation import to_uint8
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,3 +64,17 @@ def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == code, output
     return output
+
+
+def preview_again(pipeline: Any, prompt: str, *, seed: int) -> np.ndarray:
+    """What the previews of tests/tiny.yaml would show, uint8 (64, 64, 3)."""
+    image = pipeline(
+        prompt,
+        num_inference_steps=2,
+        guidance_scale=2,
+        generator=torch.Generator().manual_seed(seed),
+        width=64,
+        height=64,
+        output_type="np",
+    ).images[0]
+    return to_uint8(image)

@@ -17,8 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 
 from eval import generation
-from eval.generation import to_uint8
-from tests.runs import arguments, finish, launch, make_world
+from tests.runs import arguments, finish, launch, make_world, preview_again
 from tests.tiny import tiny_pipeline
 from train import class_pictures, dreambooth, feeding, models, pictures, rundir
 from train.config import ROOT, DreamBoothRun, LoraRun, RunFailed, UserError, load
@@ -483,34 +482,16 @@ def test_the_result_gives_the_pixels_of_the_last_preview(world, finished):
     pipeline = StableDiffusionPipeline.from_pretrained(world / "base", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(str(finished / "adapter"))
-    image = pipeline(
-        "a small blue star",
-        num_inference_steps=2,
-        guidance_scale=2,
-        generator=torch.Generator().manual_seed(1),
-        width=64,
-        height=64,
-        output_type="np",
-    ).images[0]
     preview = np.asarray(Image.open(finished / "previews" / "step-00000006" / "01.png"))
-    assert np.array_equal(to_uint8(image), preview)
+    assert np.array_equal(preview_again(pipeline, "a small blue star", seed=1), preview)
 
 
 def test_a_whole_pipeline_gives_the_pixels_of_the_last_preview(world, tmp_path):
     output = run(world, tmp_path / "run", *FULL, "preview.every=2", "train.steps=2")
     pipeline = StableDiffusionPipeline.from_pretrained(output / "full", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    image = pipeline(
-        "a large red circle",
-        num_inference_steps=2,
-        guidance_scale=2,
-        generator=torch.Generator().manual_seed(0),
-        width=64,
-        height=64,
-        output_type="np",
-    ).images[0]
     preview = np.asarray(Image.open(output / "previews" / "step-00000002" / "00.png"))
-    assert np.array_equal(to_uint8(image), preview)
+    assert np.array_equal(preview_again(pipeline, "a large red circle", seed=0), preview)
 
 
 @pytest.mark.parametrize("overrides", [(), PREDICTION, (*PREDICTION, *FULL)])

@@ -14,8 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-from eval.generation import to_uint8
-from tests.runs import arguments, finish, launch, make_world
+from tests.runs import arguments, finish, launch, make_world, preview_again
 from train import lora, models
 from train.config import UserError
 
@@ -145,26 +144,13 @@ def test_the_adapter_in_an_untouched_pipeline_gives_the_preview_s_pixels(
         lora.main(arguments(world, run, *overrides, "diffusion.zero_terminal_snr=true"))
     pipeline = StableDiffusionPipeline.from_pretrained(world / "base", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    base = _picture(pipeline)
+    base = preview_again(pipeline, "a small blue star", seed=1)
     pipeline.load_lora_weights(str(run / "adapter"))
     pipeline.scheduler = DDIMScheduler.from_pretrained(run / "adapter", subfolder="scheduler")
     preview = np.asarray(Image.open(run / "previews" / "step-00000006" / "01.png"))
-    assert np.array_equal(_picture(pipeline), preview)
+    assert np.array_equal(preview_again(pipeline, "a small blue star", seed=1), preview)
     assert not np.array_equal(base, preview)
     assert pipeline.scheduler.config.rescale_betas_zero_snr == bool(overrides)
-
-
-def _picture(pipeline):
-    image = pipeline(
-        "a small blue star",
-        num_inference_steps=2,
-        guidance_scale=2,
-        generator=torch.Generator().manual_seed(1),
-        width=64,
-        height=64,
-        output_type="np",
-    ).images[0]
-    return to_uint8(image)
 
 
 def test_the_same_command_on_a_finished_run_does_nothing(world, run, capsys):

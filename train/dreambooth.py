@@ -148,8 +148,7 @@ class DreamBooth:
     def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
         from train import optim
 
-        parts = {name: getattr(self._pipeline, name) for name in adapters.PARTS}
-        return optim.groups({n: p.named_parameters() for n, p in parts.items()}, config)
+        return optim.groups(optim.parts_of(self._pipeline), config)
 
     def pipeline(self) -> Pipeline:
         return self._pipeline

@@ -40,6 +40,11 @@ def groups(parts: Mapping[str, Iterable[tuple[str, nn.Parameter]]], config: Opti
     return found
 
 
+def parts_of(pipeline: Any) -> dict[str, Iterable[tuple[str, nn.Parameter]]]:
+    """All parameters of the UNet and of the text encoder, for `groups`."""
+    return {name: getattr(pipeline, name).named_parameters() for name in ("unet", "text_encoder")}
+
+
 def _own(part: str, config: OptimConfig) -> PartConfig:
     own = {
         "unet": PartConfig(),
