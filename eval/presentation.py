@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from eval.clip_score import CONVENTION
+from eval.figures import number, signed
 from eval.report import Comparison, Panel, Section, Table, write_report
-from eval.scoring import number, signed
 
 _SHOWN = 12  # comparisons spread evenly over all prompts
 _WORST = 4

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from eval.clip_score import CONVENTION, clip_score, points, summarise, unit
+from eval.figures import number, signed
 from eval.frechet import (
     Moments,
     bootstrap,
@@ -91,21 +92,6 @@ def warnings(metrics: dict[str, Any], *, cut_prompts: int = 0) -> list[str]:
     if cut_prompts:
         found.append(f"{cut_prompts} prompts are longer than CLIP reads: their end is not scored.")
     return [sentence for sentence in found if sentence]
-
-
-def number(value: float) -> str:
-    """A value with about three digits, as a person would write it."""
-    if not value:
-        return "0"
-    steps = ((1000, 0), (100, 1), (1, 2), (0.1, 3))
-    digits = next((digits for least, digits in steps if abs(value) >= least), 4)
-    return f"{value:.{digits}f}"
-
-
-def signed(value: float, digits: str | None = None) -> str:
-    """The same with its sign, a true minus; `digits` is a format such as ".1f"."""
-    size = f"{abs(value):{digits}}" if digits else number(abs(value))
-    return ("+" if value > 0 else "\u2212" if value < 0 else "") + size
 
 
 def _fid(

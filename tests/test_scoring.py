@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from eval.scoring import nearest, number, score, verdict, warnings
+from eval.figures import number
+from eval.scoring import nearest, score, verdict, warnings
 
 
 def _world(shift: float, follow: float, n: int = 120, d: int = 8) -> dict:

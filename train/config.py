@@ -1,7 +1,8 @@
 """The configuration of a run: every key with its type, default, unit and meaning.
 
 The data section is in train/data_config.py, what is minimised and how in train/optim_config.py, the
-reading of it all in train/parsing.py; all are imported from here. Nothing here is heavy.
+evaluation in train/evaluation_config.py, the reading of it all in train/parsing.py; all of them are
+imported from here. Nothing here is heavy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from train.data_config import CaptionConfig, Colour, Cropping, DataConfig, SourceConfig
+from train.evaluation_config import EvaluationConfig
 from train.optim_config import DiffusionConfig, OptimConfig, PartConfig
 from train.parsing import (
     ROOT,
@@ -34,6 +36,7 @@ __all__ = [
     "Cropping",
     "DataConfig",
     "DiffusionConfig",
+    "EvaluationConfig",
     "OptimConfig",
     "PartConfig",
     "SourceConfig",
@@ -156,24 +159,6 @@ class TrackingConfig(Section):
     """Project name on the dashboard."""
     every: int = Field(10, ge=1)
     """Optimizer steps between logged lines."""
-
-
-class EvaluationConfig(Section):
-    path: Path | None = None
-    """Held-out folder of captioned pictures: its captions are the prompts, its pictures the
-    reference."""
-    clip: str = "openai/clip-vit-large-patch14"
-    """CLIP (folder or hub id) for features and scores; not the one the base model was built on."""
-    images: int = Field(256, ge=2)
-    """Pictures generated per model."""
-    steps: int = Field(25, ge=1)
-    """Sampling steps."""
-    guidance: float = Field(7.5, ge=0)
-    """Classifier-free guidance scale."""
-    batch_size: int = Field(8, ge=1)
-    """Pictures generated at once, per process."""
-    seed: int = 1_000_000
-    """Picture k uses seed + k, for the base and the fine-tuned model alike."""
 
 
 class ValidationConfig(Section):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from eval.charts import Chart, Curve, charts
+from eval.figures import number
 from eval.report import (
     Comparison,
     Panel,
@@ -27,7 +28,6 @@ from eval.report import (
     warning,
     write_page,
 )
-from eval.scoring import number
 from train import overfitting
 from train.overfitting import Measured, Metric
 from train.tracking import read_metrics
