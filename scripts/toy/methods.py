@@ -57,7 +57,9 @@ DREAMBOOTH = ("dreambooth", WORD)
 INVERSION = ("textual_inversion", TOKEN)
 TRIALS = {
     "dreambooth-images": Trial(
-        "DreamBooth LoRA, class images", *DREAMBOOTH, ("dreambooth.prior=images",)
+        "DreamBooth LoRA, class images",
+        *DREAMBOOTH,
+        ("dreambooth.prior=images", "train.steps=600"),
     ),
     "dreambooth-prediction": Trial("DreamBooth LoRA, prior prediction", *DREAMBOOTH),
     "dreambooth-none": Trial(
