@@ -1,14 +1,16 @@
 """Pictures for evaluation: one PNG per prompt, whatever the batch, the process or an interruption.
 
 Image k depends on its prompt, seed, size and the settings alone: its noise comes from a generator
-of its own on the CPU. Which batch it was in can still move a value by rounding in the last place.
+of its own on the CPU. How many pictures are in its batch moves a value by rounding in the last
+place, so batches are cut from the whole list, whatever is there already and however many processes
+share them: a picture made again, or elsewhere, has the same bits.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,9 +51,9 @@ def generate(
     paths, in order.
 
     `seeds`: one per prompt; `size`: (width, height) in pixels, for all or one per prompt. Process
-    `rank` of `world` makes every world-th picture, so the files are complete once all are done.
-    The settings, with a fingerprint of the weights, stand in each PNG: a picture that is there
-    with the same settings is kept, so the same call resumes.
+    `rank` of `world` makes every world-th batch, so the files are complete once all are done. The
+    settings, with a fingerprint of the weights, stand in each PNG: a picture that is there with the
+    same settings is kept, so the same call resumes.
     """
     sizes = _one_each(size, len(prompts))
     assert len(prompts) == len(seeds) == len(sizes), (len(prompts), len(seeds), len(sizes))
@@ -68,14 +70,15 @@ def generate(
         for prompt, seed, size in zip(prompts, seeds, sizes, strict=True)
     ]
     paths = [folder / name for name in names or map("{:05d}.png".format, range(len(prompts)))]
-    mine = range(rank, len(prompts), world)
-    missing = [index for index in mine if read_settings(paths[index]) != wanted[index]]
-    with _progress(len(missing), label, shown=rank == 0) as bar:
-        for batch in _batches(missing, sizes, batch_size):
-            for index, pixels in zip(
-                batch, _sample(pipeline, [wanted[i] for i in batch]), strict=True
-            ):
-                _write_png(paths[index], pixels, wanted[index])
+    mine = _batches(sizes, batch_size)[rank::world]
+    missing = {k for batch in mine for k in batch if read_settings(paths[k]) != wanted[k]}
+    batches = [batch for batch in mine if missing.intersection(batch)]
+    with _progress(sum(map(len, batches)), label, shown=rank == 0) as bar:
+        for batch in batches:
+            pictures = _sample(pipeline, [wanted[index] for index in batch])
+            for index, pixels in zip(batch, pictures, strict=True):
+                if index in missing:
+                    _write_png(paths[index], pixels, wanted[index])
             bar.update(len(batch))
     return paths
 
@@ -147,13 +150,16 @@ def _sample(pipeline: Any, batch: list[dict[str, Any]]) -> np.ndarray:
     return to_uint8(images)
 
 
-def _batches(
-    indices: Sequence[int], sizes: Sequence[Size], batch_size: int
-) -> Iterator[Sequence[int]]:
-    for size in sorted({sizes[index] for index in indices}):
-        alike = [index for index in indices if sizes[index] == size]
-        for start in range(0, len(alike), batch_size):
-            yield alike[start : start + batch_size]
+def _batches(sizes: Sequence[Size], batch_size: int) -> list[list[int]]:
+    """All pictures, so many of one size to a batch."""
+    alike: dict[Size, list[int]] = {}
+    for index, size in enumerate(sizes):
+        alike.setdefault(size, []).append(index)
+    return [
+        alike[size][start : start + batch_size]
+        for size in sorted(alike)
+        for start in range(0, len(alike[size]), batch_size)
+    ]
 
 
 def _write_png(path: Path, pixels: np.ndarray, settings: dict[str, Any]) -> None:

@@ -29,14 +29,22 @@ def _close(a, b):
     return all(np.abs(x - y).max() <= 1 for x, y in zip(a, b, strict=True))
 
 
-def test_a_picture_does_not_depend_on_batch_or_process(pipeline, tmp_path):
+def test_a_picture_does_not_depend_on_its_batch(pipeline, tmp_path):
     alone = _pixels(_make(pipeline, tmp_path / "alone", batch_size=1))
     assert _close(alone, _pixels(_make(pipeline, tmp_path / "all", batch_size=5)))
+
+
+def test_a_picture_has_the_same_bits_in_any_process_and_made_again(pipeline, tmp_path):
+    sizes = [(64, 64), (64, 32), (64, 64), (64, 64), (64, 32)]
+    once = [path.read_bytes() for path in _make(pipeline, tmp_path / "one", size=sizes)]
     for rank in (1, 0):
-        paths = _make(pipeline, tmp_path / "two", rank=rank, world=2)
+        paths = _make(pipeline, tmp_path / "two", size=sizes, rank=rank, world=2)
         made = sorted(path.name for path in (tmp_path / "two").iterdir())
-        assert rank == 0 or made == ["00001.png", "00003.png"]
-    assert _close(alone, _pixels(paths))
+        assert rank == 0 or made == ["00000.png", "00002.png"]
+    assert [path.read_bytes() for path in paths] == once
+    paths[2].unlink()
+    again = _make(pipeline, tmp_path / "two", size=sizes)
+    assert [path.read_bytes() for path in again] == once
 
 
 def test_seed_and_prompt_steer_and_order_is_kept(pipeline, tmp_path):
@@ -53,7 +61,7 @@ def test_each_picture_may_have_its_size(pipeline, tmp_path):
 
 
 def test_only_what_is_missing_or_made_otherwise_is_made_again(pipeline, tmp_path, monkeypatch):
-    paths = _make(pipeline, tmp_path)
+    paths = _make(pipeline, tmp_path, batch_size=1)
     paths[1].unlink()
     paths[2].write_bytes(paths[2].read_bytes()[:-400])
     seen = []
@@ -61,7 +69,7 @@ def test_only_what_is_missing_or_made_otherwise_is_made_again(pipeline, tmp_path
     monkeypatch.setattr(
         generation, "_sample", lambda p, batch: seen.extend(batch) or sample(p, batch)
     )
-    _make(pipeline, tmp_path)
+    _make(pipeline, tmp_path, batch_size=1)
     assert [item["prompt"] for item in seen] == PROMPTS[1:3]
     seen.clear()
     _make(pipeline, tmp_path)
