@@ -1,184 +1,184 @@
-"""Image and text embeddings by a local CLIP folder: what FID and the CLIP score stand on.
+"""Pictures as features, which the distances, likenesses and scores of an evaluation stand on.
 
-How a picture is resized is part of the metric, so it is done here and named in `Extractor.resize`:
-the whole picture is squashed to CLIP's square input by PIL's bicubic filter on floats, antialiased
-and not requantised (the `clean` convention of Parmar et al., 2022, arXiv:2104.11222). CLIP's own
-preprocessing crops the centre instead, and would not see the ends of a tall or a wide picture.
+An extractor is a CLIP, DINO or DINOv2 folder or hub id, or an Inception file. Each picture's
+features depend on the picture and the extractor alone: see eval/networks.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
 
+from data.examine import in_order, reason
+from data.images import open_image
+from eval import model_folder
+from eval.resizing import Mode
 from train.config import UserError
 
 if TYPE_CHECKING:
     import torch
 
-Picture = np.ndarray | str | Path
+    from eval.clip_features import ClipExtractor
+    from eval.feature_cache import Cache
+
+Picture = np.ndarray | str | Path  # uint8 RGB (H, W, 3), or an image file
+AT_ONCE = 128  # pictures embedded before they are put into the cache
+
+Gather = Callable[[Any], list[Any]]
 
 
-class Extractor:
-    """A CLIP model as a function from pictures or texts to projected, un-normalised embeddings.
+class Extractor(Protocol):
+    """Pictures to features.
 
-    `name`: folder or hub id; `fingerprint`: sha256 of its weights; `resize`: the convention above
-    with its size in pixels; `dimension`: d; `max_tokens`: longer texts are cut.
+    `name`: where it was found; `fingerprint`: sha256 of its weights; `resize`: the convention, with
+    its size in pixels; `dimension`: d; `cache_key`: all that features depend on but the picture.
     """
 
-    def __init__(self, folder: Path, *, name: str, device: str | torch.device) -> None:
-        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-        self.name, self.fingerprint = name, _hash_weights(folder)
-        self.model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True)
-        self.model = self.model.float().eval().requires_grad_(False).to(device)
-        self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder)
-        processor: Any = CLIPImageProcessorPil.from_pretrained(folder)
-        self.mean, self.std = np.float32(processor.image_mean), np.float32(processor.image_std)
-        self.side: int = self.model.config.vision_config.image_size
-        self.resize = f"clean bicubic, squashed to {self.side}x{self.side}"
-        self.dimension: int = self.model.config.projection_dim
-        self.max_tokens: int = self.model.config.text_config.max_position_embeddings
+    name: str
+    fingerprint: str
+    resize: str
+    dimension: int
+    cache_key: str
 
     def describe(self) -> dict[str, Any]:
-        """What must agree for two evaluations to be compared."""
-        return {
-            "name": self.name,
-            "sha256": self.fingerprint,
-            "resize": self.resize,
-            "dimension": self.dimension,
-        }
+        """What must agree for two evaluations to be compared (sha256, resize, dimension), and the
+        name."""
+        ...
 
-    def images(self, pictures: Iterable[Picture], *, batch_size: int = 32) -> np.ndarray:
-        """Embeddings (N, d), float64, of uint8 RGB arrays (H, W, 3) or of image files, any size.
-
-        An iterable is read a batch at a time, so the pictures need not fit in memory together.
-        """
-        return self._embed(pictures, self._image_batch, batch_size)
-
-    def texts(self, texts: Sequence[str], *, batch_size: int = 256) -> np.ndarray:
-        """Embeddings (N, d), float64, of texts; each is cut to `max_tokens` tokens."""
-        return self._embed(texts, self._text_batch, batch_size)
-
-    def count_cut(self, texts: Sequence[str]) -> int:
-        """How many texts are longer than CLIP reads."""
-        if not texts:
-            return 0
-        tokens = self.tokenizer(list(texts), truncation=False, verbose=False).input_ids
-        return sum(len(ids) > self.max_tokens for ids in tokens)
-
-    def _embed(self, items: Iterable[Any], embed: Any, batch_size: int) -> np.ndarray:
-        import torch
-
-        rest, outputs = iter(items), [np.empty((0, self.dimension))]
-        with torch.inference_mode():
-            while batch := list(islice(rest, batch_size)):
-                outputs.append(embed(batch).double().cpu().numpy())
-        return np.concatenate(outputs)
-
-    def _image_batch(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        import torch
-
-        pixels = np.stack([self._prepare(picture) for picture in pictures])  # (B, 3, side, side)
-        tensor = torch.from_numpy(pixels).to(self.model.device)
-        return self.model.get_image_features(pixel_values=tensor).pooler_output
-
-    def _text_batch(self, texts: Sequence[str]) -> torch.Tensor:
-        tokens = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.max_tokens,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.model.device)
-        return self.model.get_text_features(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
-        ).pooler_output
-
-    def _prepare(self, picture: Picture) -> np.ndarray:
-        pixels = picture if isinstance(picture, np.ndarray) else read_rgb(picture)
-        assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, pixels.shape
-        unit = squash(pixels, self.side) / np.float32(255)
-        return ((unit - self.mean) / self.std).transpose(2, 0, 1)
+    def images(self, pictures: Iterable[Picture]) -> np.ndarray:
+        """Features (N, d), float64."""
+        ...
 
 
-def load_extractor(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
-    """The extractor in a local folder or hub id: a transformers CLIP, in safetensors."""
-    return Extractor(find_extractor(path).resolve(), device=device, name=str(path))
+def load_extractor(
+    path: str | Path, *, device: str | torch.device = "cpu", resize: Mode = "clean"
+) -> Extractor:
+    """The extractor at a local folder or file or of a hub id, by what is there. UserError where it
+    cannot be one."""
+    from eval.clip_features import ClipExtractor
+    from eval.vision_features import VisionExtractor
+
+    if resize not in get_args(Mode):
+        raise UserError(f"resize={resize} is not known: give {' or '.join(get_args(Mode))}")
+    found, name = find_extractor(path).resolve(), str(path)
+    if found.is_file():
+        from eval.inception_features import InceptionExtractor
+
+        return InceptionExtractor(found, name=name, device=device, resize=resize)
+    texts_too = model_folder.kind_of(found) in model_folder.TEXT_AND_PICTURES
+    kind = ClipExtractor if texts_too else VisionExtractor
+    return kind(found, name=name, device=device, resize=resize)
+
+
+def load_clip(path: str | Path, *, device: str | torch.device = "cpu") -> ClipExtractor:
+    """The CLIP in a local folder or of a hub id: it embeds texts too."""
+    from eval.clip_features import ClipExtractor
+
+    return ClipExtractor(find_clip(path).resolve(), name=str(path), device=device)
 
 
 def find_extractor(path: str | Path) -> Path:
-    """Its local folder, downloaded if a hub id; UserError for what cannot be an extractor."""
-    folder = Path(path)
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
-            raise UserError(
-                f"no CLIP folder at {path}: give the folder of a CLIP model or a hub id"
-            )
-        folder = _download(str(path))
-    _check_folder(folder)
-    return folder
+    """Its local folder, downloaded if a hub id, or its file; UserError for what cannot be an
+    extractor, before anything of it is used."""
+    if not Path(path).is_file():
+        return model_folder.find_folder(path)
+    from eval import inception_features
+
+    if Path(path).suffix not in inception_features.SUFFIXES:
+        raise UserError(
+            f"{path} is no extractor: give an Inception file "
+            f"({', '.join(inception_features.SUFFIXES)}), or the folder of a CLIP or DINO model"
+        )
+    inception_features.check(Path(path))
+    return Path(path)
 
 
-def squash(pixels: np.ndarray, side: int) -> np.ndarray:
-    """uint8 (H, W, 3) to float32 (side, side, 3) in [0, 255], the whole picture, antialiased."""
-    from PIL import Image
-
-    channels = [Image.fromarray(pixels[..., c].astype(np.float32)) for c in range(3)]
-    resized = [channel.resize((side, side), Image.Resampling.BICUBIC) for channel in channels]
-    return np.stack([np.asarray(channel) for channel in resized], axis=-1).clip(0, 255)
+def find_clip(path: str | Path) -> Path:
+    """As `find_extractor`, and UserError for what does not embed texts."""
+    found = find_extractor(path)
+    if found.is_file() or model_folder.kind_of(found) not in model_folder.TEXT_AND_PICTURES:
+        raise UserError(
+            f"{path} embeds pictures, but not texts: give the folder of a CLIP model or a hub id"
+        )
+    return found
 
 
 def read_rgb(path: str | Path) -> np.ndarray:
-    """An image file as uint8 (H, W, 3)."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.array(image.convert("RGB"))
-
-
-def _check_folder(folder: Path) -> None:
-    needed = ("config.json", "preprocessor_config.json")
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} lacks {', '.join(missing)}: save CLIPModel, CLIPImageProcessorPil and "
-            "CLIPTokenizer into one folder"
-        )
-    if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
-        raise UserError(f"{folder} has no tokenizer: save its CLIPTokenizer there")
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != "clip":
-        raise UserError(f"{folder} holds a model of type {kind!r}, expected 'clip'")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no .safetensors weights: re-save it as safetensors")
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
+    """An image file as upright sRGB, uint8 (H, W, 3), what is transparent over white. UserError
+    where it cannot be read."""
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{hub_id} is neither a CLIP folder here nor a hub id that can be fetched ({reason}): "
-            "give a local folder"
-        ) from None
+        return np.asarray(open_image(Path(path)))
+    except Exception as error:  # a damaged file can raise nearly anything in a decoder
+        raise UserError(f"{path} {reason(error)}: mend it, make it again or take it out") from error
 
 
-def _hash_weights(folder: Path) -> str:
-    """What `cat *.safetensors | sha256sum` prints."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+def pixels_of(picture: Picture) -> np.ndarray:
+    """uint8 (H, W, 3)."""
+    return picture if isinstance(picture, np.ndarray) else read_rgb(picture)
+
+
+def alone(value: Any) -> list[Any]:
+    """What all processes give, where there is one."""
+    return [value]
+
+
+def extract(
+    extractor: Extractor,
+    pictures: Sequence[Picture],
+    *,
+    cache: Path | None = None,
+    rank: int = 0,
+    world: int = 1,
+    gather: Gather = alone,
+) -> np.ndarray:
+    """Features (N, d), float64, on every process: process `rank` of `world` embeds its share of
+    what the folder `cache` lacks, and `gather` gives each what all of them found, in order of rank.
+
+    A picture that occurs twice is embedded once. The bits are the same on any number of processes.
+    UserError for a picture that cannot be read, or that changes meanwhile.
+    """
+    from eval.feature_cache import open_cache, sign
+
+    def shared(work: Callable[[Sequence[Any]], Iterable[Any]], items: Sequence[Any]) -> list[Any]:
+        shares = gather(list(work(items[rank::world])))
+        return [shares[k % world][k // world] for k in range(len(items))]
+
+    signed = shared(lambda some: in_order(lambda k: sign(pictures[k]), some), range(len(pictures)))
+    first = {sha256: k for k, sha256 in reversed(list(enumerate(signed)))}
+    wanted = sorted(first, key=first.__getitem__)  # each once
+    with open_cache(cache, extractor) as store:
+        found = dict(zip(wanted, shared(store.get, wanted), strict=True))
+        lacking = [sha256 for sha256 in wanted if found[sha256] is None]
+        embed = partial(_embed, extractor, pictures, first, store)
+        found.update(zip(lacking, shared(embed, lacking), strict=True))
+    every = [found[sha256] for sha256 in signed]
+    return np.array(every, np.float64).reshape(len(signed), extractor.dimension)
+
+
+def _embed(
+    extractor: Extractor,
+    pictures: Sequence[Picture],
+    places: Mapping[str, int],
+    cache: Cache,
+    wanted: Sequence[str],
+) -> Iterator[np.ndarray]:
+    """Rows (d,) of the pictures of these hashes, put into the cache as they come."""
+    from eval.feature_cache import compact, sign
+
+    for start in range(0, len(wanted), AT_ONCE):
+        some = wanted[start : start + AT_ONCE]
+        batch = list(in_order(lambda sha256: pictures[places[sha256]], some))
+        rows = extractor.images(batch)
+        for sha256, picture, now in zip(some, batch, in_order(sign, batch), strict=True):
+            if sha256 != now:  # or the cache would hold another picture's features for good
+                raise UserError(f"{_said(picture)} changed while it was measured: run this again")
+        cache.put(some, rows)
+        yield from map(compact, rows)
+
+
+def _said(picture: Picture) -> str:
+    return "a picture" if isinstance(picture, np.ndarray) else str(picture)

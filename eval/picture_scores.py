@@ -23,7 +23,7 @@ import numpy as np
 from data.files import Progress, silent
 from data.images import Colour, open_image
 from data.records import Record
-from eval.features import Extractor
+from eval.clip_features import ClipExtractor
 from train.config import UserError
 
 READERS = min(8, os.cpu_count() or 1)
@@ -49,7 +49,7 @@ class Aesthetic:
 
     name, reads_captions = "aesthetic", False
 
-    def __init__(self, extractor: Extractor, head: Path, *, relu: bool = False) -> None:
+    def __init__(self, extractor: ClipExtractor, head: Path, *, relu: bool = False) -> None:
         self._extractor, self.side, self._relu = extractor, extractor.side, relu
         self._layers = read_head(head, extractor.dimension)
         digest = hashlib.sha256(head.read_bytes()).hexdigest()
@@ -69,7 +69,7 @@ class CaptionLikeness:
 
     name, reads_captions = "clip", True
 
-    def __init__(self, extractor: Extractor) -> None:
+    def __init__(self, extractor: ClipExtractor) -> None:
         self._extractor, self.side = extractor, extractor.side
         self.fingerprint = _fingerprint(self.name, extractor.fingerprint)
 

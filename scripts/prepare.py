@@ -259,12 +259,12 @@ def limits(config: PrepareConfig) -> dict[str, float | None]:
 def scorers(config: PrepareConfig) -> list[Any]:
     import torch
 
-    from eval.features import load_extractor
+    from eval.features import load_clip
     from eval.picture_scores import Aesthetic, CaptionLikeness, Nsfw
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     extractors = {
-        path: load_extractor(path, device=device)
+        path: load_clip(path, device=device)
         for path in {config.aesthetic.clip if config.aesthetic.head else None, config.clip.model}
         if path is not None
     }

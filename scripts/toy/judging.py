@@ -17,7 +17,7 @@ from data import toy
 from eval.clip_score import unit
 
 if TYPE_CHECKING:
-    from eval.features import Extractor
+    from eval.clip_features import ClipExtractor
     from scripts.toy.checker import Checker
 
 VIEW_SEED, OTHER_VIEW_SEED = 201, 202  # worlds that no run trains on
@@ -31,7 +31,7 @@ class Judge:
     subject's body in its colour, but without its parts.
     """
 
-    clip: Extractor
+    clip: ClipExtractor
     checker: Checker
     subject: str
     views: int
@@ -47,10 +47,10 @@ class Judge:
 
     @classmethod
     def of(cls, subject: str, *, views: int) -> Judge:
-        from eval.features import Extractor
+        from eval.features import load_clip
         from scripts.toy.checker import load_checker
 
-        clip = Extractor(Path("data/assets/toy-clip"), name="toy-clip", device="cpu")
+        clip = load_clip("data/assets/toy-clip")
         return cls(clip, load_checker(Path("data/assets/toy-checker")), subject, views)
 
     def similarity(self, pictures: Sequence[Any]) -> float:
