@@ -6,126 +6,75 @@ FID (Heusel et al., 2017, arXiv:1706.08500, eq. 6) is this distance on image fea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from eval.estimate import Estimate
+from eval.moments import Moments, chunks
 from train.config import UserError
 
-
-class Moments:
-    """Count, mean (d,) and centred second moment (d, d) of features, gathered batch by batch.
-
-    Batches and processes merge by Chan, Golub & LeVeque (1983), which keeps its digits where sums
-    of raw squares lose them (features far from zero).
-    """
-
-    def __init__(self, dimension: int) -> None:
-        self.n = 0
-        self.mean = np.zeros(dimension)
-        self.m2 = np.zeros((dimension, dimension))
-
-    @classmethod
-    def of(cls, features: np.ndarray) -> Moments:
-        """The moments of one array (N, d)."""
-        moments = cls(np.asarray(features).shape[-1])
-        moments.update(features)
-        return moments
-
-    @property
-    def dimension(self) -> int:
-        return len(self.mean)
-
-    @property
-    def cov(self) -> np.ndarray:
-        """The unbiased covariance (d, d); needs two samples or more."""
-        if self.n < 2:
-            raise UserError(
-                f"a covariance needs at least 2 pictures, there are {self.n}: use more pictures"
-            )
-        return self.m2 / (self.n - 1)
-
-    def update(self, features: np.ndarray) -> None:
-        """Take in features (N, d); ValueError for another shape or a value that is not finite."""
-        features = np.asarray(features, dtype=np.float64)
-        if features.ndim != 2 or features.shape[1] != self.dimension:
-            raise ValueError(f"features are {features.shape}, expected (N, {self.dimension})")
-        if not np.isfinite(features).all():
-            raise ValueError("features hold NaN or infinity: check the pictures and extractor")
-        if not len(features):
-            return
-        batch = Moments(self.dimension)
-        batch.n, batch.mean = len(features), features.mean(axis=0)
-        centred = features - batch.mean
-        batch.m2 = centred.T @ centred
-        self.merge(batch)
-
-    def merge(self, other: Moments) -> None:
-        """Take in what another process or batch gathered."""
-        if other.dimension != self.dimension:
-            raise ValueError(f"cannot merge {other.dimension} with {self.dimension} dimensions")
-        if not other.n:
-            return
-        n = self.n + other.n
-        shift = other.mean - self.mean
-        self.mean = self.mean + shift * (other.n / n)
-        self.m2 = self.m2 + other.m2 + np.outer(shift, shift) * (self.n * other.n / n)
-        self.n = n
-
-    def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
-        """Write safetensors; `metadata` (say extractor, fingerprint, resize) goes in the header."""
-        from safetensors.numpy import save_file
-
-        header = {"n": json.dumps(self.n), "metadata": json.dumps(metadata or {})}
-        save_file({"mean": self.mean, "m2": self.m2}, str(path), metadata=header)
-
-    @classmethod
-    def load(cls, path: str | Path) -> tuple[Moments, dict[str, Any]]:
-        """The moments and the metadata that `save` wrote."""
-        from safetensors import safe_open
-
-        with safe_open(str(path), framework="numpy") as file:
-            header = file.metadata() or {}
-            if "n" not in header or set(file.keys()) != {"mean", "m2"}:
-                raise UserError(f"{path} is not a statistics file of eval/frechet.py: remake it")
-            moments = cls(0)
-            moments.n = int(json.loads(header["n"]))
-            moments.mean, moments.m2 = file.get_tensor("mean"), file.get_tensor("m2")
-            return moments, json.loads(header["metadata"])
+_LEAST_PART = 1.5  # pictures per dimension; far below, FID leaves its straight line in 1 / N
+_LEAST_PARTS = 4  # fewer do not show whether it is straight
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """The squared Fréchet distance of the Gaussians with these moments.
 
-    tr (S1 S2)^(1/2) is taken as tr (R S2 R)^(1/2) with R = S1^(1/2): symmetric, so real and stable
+    tr (S1 S2)^(1/2) is taken as tr (F^T S2 F)^(1/2) with F F^T = S1: symmetric, so real and stable
     where a general matrix root is not. Equal sets may give about -1e-5; that is not hidden.
     """
-    root = _root(a.cov)
-    eigenvalues = np.linalg.eigvalsh(root @ b.cov @ root)
-    cross = np.sqrt(eigenvalues.clip(min=0.0)).sum()
+    few, many = (a, b) if a.n <= b.n else (b, a)
+    factor = _factor(few)
+    cross = _sum_of_roots(factor.T @ (many.cov @ factor))
     offset = a.mean - b.mean
     return float(offset @ offset + np.trace(a.cov) + np.trace(b.cov) - 2.0 * cross)
 
 
-def frechet_from_features(a: np.ndarray, b: np.ndarray) -> float:
-    """The same distance from features (N, d) and (M, d), by the cheaper of two exact routes.
+def frechet_from_features(a: np.ndarray | Moments, b: np.ndarray | Moments) -> float:
+    """The same distance from features (N, d), of which one may be moments, by the cheapest route.
 
     With fewer samples than dimensions, tr (S1 S2)^(1/2) is the nuclear norm of A B^T, where A and B
-    are the centred features over sqrt(n - 1): an N x M matrix in place of d x d ones.
+    are the centred features over sqrt(n - 1): an N x M matrix in place of d x d ones. Where B is
+    only known by its moments, it is tr (A S2 A^T)^(1/2), an N x N matrix.
     """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if isinstance(a, Moments):
+        a, b = b, a
+    if isinstance(a, Moments):
+        return frechet_distance(a, b if isinstance(b, Moments) else Moments.of(b))
+    a = np.asarray(a, dtype=np.float64)
+    if isinstance(b, Moments):
+        return _to_moments(a, b)
+    b = np.asarray(b, dtype=np.float64)
     if min(len(a), len(b)) >= a.shape[1]:
         return frechet_distance(Moments.of(a), Moments.of(b))
-    if min(len(a), len(b)) < 2:
-        raise UserError("a Fréchet distance needs at least 2 pictures in each set: use more")
-    offset = a.mean(axis=0) - b.mean(axis=0)
-    a = (a - a.mean(axis=0)) / np.sqrt(len(a) - 1)
-    b = (b - b.mean(axis=0)) / np.sqrt(len(b) - 1)
-    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
-    return float(offset @ offset + (a * a).sum() + (b * b).sum() - 2.0 * cross)
+    return _FewSamples(a, b).distance(np.arange(len(a)), np.arange(len(b)))
+
+
+def fid_infinity(
+    features: np.ndarray, reference: np.ndarray | Moments, *, seed: int = 0, points: int = 15
+) -> Estimate:
+    """The distance of features (N, d) to the reference, extrapolated to N = infinity.
+
+    FID falls on a straight line in 1 / N (Chong & Forsyth, 2020, arXiv:1911.07023). It is taken on
+    `points` subsets: the whole, and all parts of random cuts into 2, 3, ... equal ones. Parts have
+    1.5 pictures per dimension or more; UserError where there are not pictures for four such parts.
+
+    The standard error is that of the distance's linear part over the pictures, and beside it what a
+    parabola would give in place of the line. It is for the reference as it is: the reference's own
+    bias stays, as in the paper. It errs to the wide side for sets nearly alike.
+    """
+    features = np.asarray(features, dtype=np.float64)
+    reference = reference if isinstance(reference, Moments) else Moments.of(reference)
+    whole, rng = Moments.of(features), np.random.default_rng(seed)
+    value, rises = frechet_distance(whole, reference), []
+    for parts in range(2, 1 + _most_parts(len(features), features.shape[1], points)):
+        pieces = np.array_split(rng.permutation(len(features)), parts)
+        of_parts = [frechet_distance(Moments.of(features[rows]), reference) for rows in pieces]
+        rises.append(float(np.mean(of_parts)) - value)
+    straight, bent = _slopes(np.array(rises))
+    sampled = _influence(features, whole, reference).std(ddof=1) / np.sqrt(len(features))
+    return Estimate(value - straight, float(np.hypot(sampled, straight - bent)))
 
 
 def expected_bias(spectrum: int | np.ndarray, n: int, m: int | None = None) -> float:
@@ -170,7 +119,7 @@ def bootstrap(
     they are drawn with it, as they share its content. Without labels all rows are independent.
 
     A naive bootstrap of this distance is biased upward, as repeated rows lower the covariance's
-    rank: use it for the spread, never for the centre.
+    rank: use it for the spread (`Estimate.around`), never for the centre.
     """
     rng = np.random.default_rng(seed)
     n, m = len(generated[0]), len(reference)
@@ -178,14 +127,142 @@ def bootstrap(
     of_reference = np.arange(n, n + m) if reference_groups is None else np.asarray(reference_groups)
     alone = np.setdiff1d(of_reference, labels)
     rows, rows_of_reference = _members(labels), _members(of_reference)
+    routes = [_route(features, reference) for features in generated]
     distances = np.empty((resamples, len(generated)))
     for distance in distances:
         drawn = rng.choice(list(rows), size=len(rows))
         others = rng.choice(alone, size=len(alone)) if len(alone) else alone
         chosen = _gather(rows, drawn)
-        against = reference[_gather(rows_of_reference, np.concatenate([drawn, others]))]
-        distance[:] = [frechet_from_features(features[chosen], against) for features in generated]
+        against = _gather(rows_of_reference, np.concatenate([drawn, others]))
+        distance[:] = [route.distance(chosen, against) for route in routes]
     return distances
+
+
+class _FewSamples:
+    """Distances between rows of two sets, with repeats, from inner products that are taken once."""
+
+    def __init__(self, a: np.ndarray, b: np.ndarray) -> None:
+        if min(len(a), len(b)) < 2:
+            raise UserError("a Fréchet distance needs at least 2 pictures in each set: use more")
+        centre = b.mean(axis=0)
+        self.a, self.b = a - centre, b - centre
+        self.products = self.a @ self.b.T  # (N, M)
+
+    def distance(self, rows_a: np.ndarray, rows_b: np.ndarray) -> float:
+        """Of the rows with these indices; a repeated one is one row with a greater weight."""
+        (i, p), (j, q) = _weights(rows_a), _weights(rows_b)
+        a, b = self.a[i], self.b[j]
+        mean_a, mean_b = p @ a, q @ b
+        products = self.products[np.ix_(i, j)]
+        products = products - (products @ q)[:, None] - p @ products + p @ products @ q
+        unbiased_a, unbiased_b = (len(rows) / (len(rows) - 1) for rows in (rows_a, rows_b))
+        scaled = np.sqrt(p * unbiased_a)[:, None] * products * np.sqrt(q * unbiased_b)
+        cross = np.linalg.svd(scaled, compute_uv=False).sum()
+        trace_a = unbiased_a * (p @ (a - mean_a) ** 2).sum()
+        trace_b = unbiased_b * (q @ (b - mean_b) ** 2).sum()
+        offset = mean_a - mean_b
+        return float(offset @ offset + trace_a + trace_b - 2.0 * cross)
+
+
+class _ManySamples:
+    """The same by the moments, which cost less where there are more samples than dimensions."""
+
+    def __init__(self, a: np.ndarray, b: np.ndarray) -> None:
+        self.a, self.b = a, b
+
+    def distance(self, rows_a: np.ndarray, rows_b: np.ndarray) -> float:
+        return frechet_distance(Moments.of(self.a[rows_a]), Moments.of(self.b[rows_b]))
+
+
+def _route(a: np.ndarray, b: np.ndarray) -> _FewSamples | _ManySamples:
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    few = min(len(a), len(b)) < a.shape[1]
+    return _FewSamples(a, b) if few else _ManySamples(a, b)
+
+
+def _to_moments(features: np.ndarray, reference: Moments) -> float:
+    n, d = features.shape
+    if n >= d or n < 2:
+        return frechet_distance(Moments.of(features), reference)
+    mean = features.mean(axis=0)
+    centred = (features - mean) / np.sqrt(n - 1)
+    cross = _sum_of_roots(centred @ (reference.cov @ centred.T))
+    offset = mean - reference.mean
+    traces = (centred * centred).sum() + np.trace(reference.cov)
+    return float(offset @ offset + traces - 2.0 * cross)
+
+
+def _most_parts(n: int, dimension: int, points: int) -> int:
+    """Into how many parts to cut, with 1 + 2 + ... of them in all."""
+    least = int(np.ceil(_LEAST_PART * dimension))
+    if n < _LEAST_PARTS * least:
+        raise UserError(
+            f"FID-infinity cannot be told from {n} pictures in {dimension} dimensions: it needs at "
+            f"least {_LEAST_PARTS * least}; use more pictures, or look at KID and CMMD"
+        )
+    affordable = int((np.sqrt(8 * points + 1) - 1) / 2)
+    return max(3, min(n // least, affordable))
+
+
+def _slopes(rises: np.ndarray) -> tuple[float, float]:
+    """From the mean distances of 2, 3, ... parts, less that of the whole: the slope in parts of the
+    line through the whole, and of the parabola at the other end, between none and one.
+
+    The rise of k parts varies as k - 1, beyond what all cuts share (they hold the same pictures):
+    the least squares are weighted by its inverse.
+    """
+    more = np.arange(1, len(rises) + 1)  # parts, less one
+    slopes = rises / more
+    straight, centre = np.average(slopes, weights=more), np.average(more, weights=more)
+    away = more - centre
+    bend = (more * away * slopes).sum() / (more * away**2).sum()
+    return float(straight), float(straight - bend * (centre + 1))
+
+
+def _influence(features: np.ndarray, whole: Moments, reference: Moments) -> np.ndarray:
+    """How much each picture (N,) moves the distance, times N, up to a constant.
+
+    The distance's derivative by S1 is I - T, T being the optimal transport between the Gaussians.
+    """
+    factor = _factor(reference)
+    values, vectors = np.linalg.eigh(factor.T @ (whole.cov @ factor))
+    kept = values > _noise(values)
+    root = factor @ (vectors[:, kept] * values[kept] ** -0.25)  # (d, r): T = root root^T
+    offset, influence = whole.mean - reference.mean, []
+    for rows in chunks(features):
+        centred = rows - whole.mean
+        influence.append(2 * centred @ offset + (centred**2).sum(axis=1))
+        influence[-1] -= ((centred @ root) ** 2).sum(axis=1)
+    return np.concatenate(influence)
+
+
+def _factor(moments: Moments) -> np.ndarray:
+    """F (d, r) with F F^T the covariance: Cholesky's where it has full rank, else by `eigh`."""
+    cov = moments.cov
+    if moments.n > moments.dimension:
+        try:
+            return np.linalg.cholesky(cov)
+        except np.linalg.LinAlgError:
+            pass
+    values, vectors = np.linalg.eigh(cov)
+    kept = values > _noise(values)
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def _noise(values: np.ndarray) -> float:
+    """Eigenvalues up to here may be rounding of 0."""
+    return (
+        float(len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)) if len(values) else 0
+    )
+
+
+def _sum_of_roots(symmetric: np.ndarray) -> float:
+    return float(np.sqrt(np.linalg.eigvalsh(symmetric).clip(min=0.0)).sum())
+
+
+def _weights(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    different, counts = np.unique(rows, return_counts=True)
+    return different, counts / len(rows)
 
 
 def _members(labels: np.ndarray) -> dict[int, np.ndarray]:
@@ -194,8 +271,3 @@ def _members(labels: np.ndarray) -> dict[int, np.ndarray]:
 
 def _gather(members: dict[int, np.ndarray], drawn: np.ndarray) -> np.ndarray:
     return np.concatenate([members[int(k)] for k in drawn if int(k) in members])
-
-
-def _root(symmetric: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(symmetric)
-    return (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T

@@ -3,8 +3,9 @@
     python scripts/benchmark.py data
     python scripts/benchmark.py data quick=true output=benchmark.json
     python scripts/benchmark.py data parts='[decode, reading]'
+    python scripts/benchmark.py metrics
 
-What is compared is measured in one run, in turns. The table is the one in docs/benchmarks.md.
+What is compared is measured in one run, in turns. The tables are those in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from train.config import Section, UserError, command, load
 
 DataPart = Literal["decode", "planning", "reading", "memory", "edit"]
+MetricsPart = Literal["streaming", "frechet", "resampling", "pairs"]
 
 
 class DataBenchmark(Section):
@@ -32,24 +34,53 @@ class DataBenchmark(Section):
     """Folder for some GiB of files made and removed; default: the system's own."""
 
 
+class MetricsBenchmark(Section):
+    """Distances between sets of features, on one thread (scripts/benchmark.py metrics)."""
+
+    output: Path | None = None
+    """JSON file for the figures; by default they are only printed."""
+    quick: bool = False
+    """A tenth or less of the work: figures to try it out, not to quote."""
+    parts: list[MetricsPart] = ["streaming", "frechet", "resampling", "pairs"]
+    """What to measure."""
+
+
 def main(arguments: list[str]) -> None:
     task, *rest = arguments or [""]
     if task in {"--help", "-h"}:
         print((__doc__ or "").strip())
     elif task == "data":
         data(load(DataBenchmark, rest))
+    elif task == "metrics":
+        metrics(load(MetricsBenchmark, rest))
     else:
-        raise UserError(f"say what to measure, and not {task!r}: python scripts/benchmark.py data")
+        remedy = "python scripts/benchmark.py data, or metrics"
+        raise UserError(f"say what to measure, and not {task!r}: {remedy}")
 
 
 def data(config: DataBenchmark) -> None:
-    from scripts.benchmarks import data_benchmark, measuring
+    from scripts.benchmarks import data_benchmark
 
     scale = data_benchmark.QUICK if config.quick else data_benchmark.FULL
     results = data_benchmark.measure(config.parts, scale, scratch=config.scratch)
-    report = measuring.environment(sys.argv) | {"quick": config.quick, "results": results}
-    text = json.dumps(report, indent=2)
-    print(f"{text}\n\n{measuring.described(report)}\n\n{data_benchmark.table(results)}")
+    report(results, data_benchmark.table(results), config)
+
+
+def metrics(config: MetricsBenchmark) -> None:
+    from scripts.benchmarks import metrics_benchmark
+
+    scale = metrics_benchmark.QUICK if config.quick else metrics_benchmark.FULL
+    results = metrics_benchmark.measure(config.parts, scale)
+    report(results, metrics_benchmark.table(results), config)
+
+
+def report(results: dict[str, Any], table: str, config: DataBenchmark | MetricsBenchmark) -> None:
+    """Print the figures as JSON and as the table, and write the JSON to config.output."""
+    from scripts.benchmarks import measuring
+
+    figures = measuring.environment(sys.argv) | {"quick": config.quick, "results": results}
+    text = json.dumps(figures, indent=2)
+    print(f"{text}\n\n{measuring.described(figures)}\n\n{table}")
     if config.output:
         try:
             config.output.parent.mkdir(parents=True, exist_ok=True)

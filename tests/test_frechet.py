@@ -1,12 +1,18 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
-from torchmetrics.image.fid import FrechetInceptionDistance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.image.fid import FrechetInceptionDistance, _compute_fid
 
+from eval.estimate import Estimate
 from eval.frechet import (
     Moments,
     bootstrap,
     expected_bias,
+    fid_infinity,
     frechet_distance,
     frechet_from_features,
     small_sample_warning,
@@ -64,16 +70,49 @@ def test_agrees_with_torchmetrics():
     assert _fid(a, b) == pytest.approx(float(metric.compute()), rel=1e-6)
 
 
-@pytest.mark.parametrize("cuts", [[1], [1, 2, 3], [17, 50], [0, 99]])
-def test_any_split_equals_one_pass_even_far_from_zero(cuts):
-    features = _features(1, 100) + 1e4
-    whole, parts = Moments.of(features), [Moments.of(p) for p in np.split(features, cuts)]
-    total = Moments(12)
+def test_agrees_with_the_arithmetic_of_clean_fid():
+    a, b = _features(1, 300), _features(2, 200)
+    offset, covs = a.mean(0) - b.mean(0), (np.cov(a, rowvar=False), np.cov(b, rowvar=False))
+    root = np.sqrt(np.linalg.eigvals(covs[0] @ covs[1]).astype(complex)).real.sum()
+    expected = offset @ offset + np.trace(covs[0]) + np.trace(covs[1]) - 2 * root
+    assert _fid(a, b) == pytest.approx(expected, rel=1e-9)
+    tensors = [torch.from_numpy(x) for x in (a.mean(0), covs[0], b.mean(0), covs[1])]
+    assert _fid(a, b) == pytest.approx(float(_compute_fid(*tensors)), rel=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 2100), max_size=6).map(sorted),
+    order=st.randoms(use_true_random=False),
+    offset=st.sampled_from([0.0, 1e4]),
+)
+def test_any_split_over_processes_in_any_order_equals_one_pass(cuts, order, offset):
+    features = _features(1, 2100, d=5) + offset
+    parts = [Moments.of(part) for part in np.split(features, cuts)]
+    order.shuffle(parts)
+    total, batched = Moments(5), Moments(5)
     for part in parts:
         total.merge(part)
-    assert total.n == 100
-    np.testing.assert_allclose(total.mean, whole.mean, rtol=1e-14)
-    np.testing.assert_allclose(total.cov, np.cov(features - 1e4, rowvar=False), rtol=1e-9)
+    for batch in np.split(features, cuts):
+        batched.update(batch)
+    cov = np.cov(features - offset, rowvar=False)
+    for moments in (total, batched):
+        assert moments.n == 2100
+        np.testing.assert_allclose(moments.mean, features.mean(axis=0), rtol=1e-13)
+        np.testing.assert_allclose(moments.cov, cov, rtol=1e-10, atol=1e-10 * cov.max())
+    whole = _fid(features, _features(2, 50, d=5) + offset)
+    assert frechet_distance(total, Moments.of(_features(2, 50, d=5) + offset)) == pytest.approx(
+        whole, rel=1e-10
+    )
+
+
+def test_merging_leaves_the_other_as_it_was():
+    a, b = Moments.of(_features(1, 20)), Moments.of(_features(2, 20))
+    before = b.m2.copy(), b.mean.copy()
+    empty = Moments(12)
+    empty.merge(b)
+    empty.merge(a)
+    assert (b.m2 == before[0]).all() and (b.mean == before[1]).all() and b.n == 20
 
 
 def test_a_large_offset_costs_no_digits():
@@ -81,9 +120,24 @@ def test_a_large_offset_costs_no_digits():
     assert _fid(a + 1e4, b + 1e4) == pytest.approx(_fid(a, b), rel=1e-9)
 
 
-def test_both_routes_agree_where_samples_are_fewer_than_dimensions():
-    a, b = _features(1, 20, d=40), _features(2, 30, d=40)
-    assert frechet_from_features(a, b) == pytest.approx(_fid(a, b), rel=1e-6)
+@pytest.mark.parametrize(("n", "m"), [(20, 30), (20, 100), (100, 20), (60, 70)])
+def test_all_routes_agree_with_few_samples_on_either_side(n, m):
+    a, b = _features(1, n, d=40), _features(2, m, d=40)
+    expected = _fid(a, b)
+    assert frechet_from_features(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_from_features(a, Moments.of(b)) == pytest.approx(expected, rel=1e-6)
+    assert frechet_from_features(Moments.of(a), b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_from_features(Moments.of(a), Moments.of(b)) == expected
+
+
+def test_features_that_are_always_zero_or_repeated_change_nothing():
+    a, b = _features(1, 100), _features(2, 80)
+    wider = [np.hstack([x, np.zeros((len(x), 3))]) for x in (a, b)]
+    assert _fid(*wider) == pytest.approx(_fid(a, b), rel=1e-9)
+    faint = [np.hstack([x, np.zeros((len(x), 1))]) / 1000 for x in (a, b)]
+    assert _fid(*faint) == pytest.approx(_fid(a, b) / 1e6, rel=1e-9)
+    twice = [np.hstack([x, x]) for x in (a, b)]
+    assert _fid(*twice) == pytest.approx(2 * _fid(a, b), rel=1e-6)
 
 
 def test_bias_formula_matches_the_published_case_and_simulation():
@@ -116,17 +170,68 @@ def test_bootstrap_is_seeded_paired_and_keeps_groups_together():
     assert together.std() > apart.std()
 
 
+@pytest.mark.parametrize(("n", "d"), [(40, 100), (150, 6)])
+def test_bootstrap_equals_the_distances_of_the_drawn_rows(n, d):
+    reference, a, b = _features(1, n, d), _features(2, n, d), _features(3, n, d)
+    groups = [k // 3 for k in range(n)]
+    got = bootstrap(reference, a, b, groups=groups, resamples=2, seed=5)
+    rng, last = np.random.default_rng(5), groups[-1]
+    for distances in got:
+        drawn = rng.choice(range(last + 1), size=last + 1)
+        rows = np.concatenate([np.flatnonzero(np.equal(groups, k)) for k in drawn])
+        against = rng.choice(np.arange(n, 2 * n), size=n) - n
+        expected = [_fid(features[rows], reference[against]) for features in (a, b)]
+        assert distances == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 100), (150, 6)])
+def test_the_naive_bootstrap_is_biased_upward_so_the_interval_stands_on_the_value(n, d):
+    reference, a = np.split(_features(1, 2 * n, d), 2)
+    value, resampled = _fid(a, reference), bootstrap(reference, a, resamples=60)[:, 0]
+    assert resampled.mean() > value + resampled.std()
+    estimate = Estimate.around(value, resampled)
+    assert (estimate.low + estimate.high) / 2 == pytest.approx(value)
+    assert estimate.high - estimate.low == pytest.approx(3.92 * resampled.std(ddof=1))
+
+
+def _population(spectrum: np.ndarray) -> Moments:
+    return _gaussian(np.zeros(len(spectrum)), np.diag(spectrum), n=10**9)
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (1.0, 1.0), (0.0, 1.3)])
+def test_fid_infinity_finds_the_distance_of_the_distributions_and_its_error(shift, scale):
+    rng, spectrum, n = np.random.default_rng(0), np.geomspace(1, 0.01, 12), 120
+    truth = shift**2 + ((scale - 1) ** 2 * spectrum).sum()
+    sets = [scale * rng.normal(size=(n, 12)) * np.sqrt(spectrum) for _ in range(100)]
+    for features in sets:
+        features[:, 0] += shift
+    reference = _population(spectrum)
+    estimates = [fid_infinity(features, reference) for features in sets]
+    plain = np.mean([frechet_distance(Moments.of(features), reference) for features in sets])
+    bias = np.mean([estimate.value for estimate in estimates]) - truth
+    assert abs(bias) < 0.12 * (plain - truth)
+    held = np.mean([estimate.low < truth < estimate.high for estimate in estimates])
+    assert held >= 0.9
+    spread = np.std([estimate.value for estimate in estimates])
+    assert 0.8 < np.median([estimate.standard_error for estimate in estimates]) / spread < 2
+
+
+def test_fid_infinity_is_seeded_and_takes_a_reference_as_features_or_moments():
+    a, b = _features(1, 200), _features(2, 150)
+    first = fid_infinity(a, b, seed=3)
+    assert first == fid_infinity(a, Moments.of(b), seed=3) != fid_infinity(a, b, seed=4)
+    assert first.value < _fid(a, b)
+
+
+def test_fid_infinity_of_too_few_pictures_is_refused_with_the_number_it_needs():
+    with pytest.raises(UserError, match="at least 72"):
+        fid_infinity(_features(1, 71), _features(2, 100))
+    fid_infinity(_features(1, 72), _features(2, 100))
+
+
 def test_few_samples_warn():
     assert small_sample_warning(64, 64, 100) is None
     assert "mostly small-sample bias" in (small_sample_warning(64, 100, 63) or "")
-
-
-def test_saved_moments_come_back_with_their_metadata(tmp_path):
-    moments = Moments.of(_features(1, 50))
-    moments.save(tmp_path / "m.safetensors", {"extractor": "clip", "resize": "clean"})
-    loaded, metadata = Moments.load(tmp_path / "m.safetensors")
-    assert loaded.n == 50 and metadata == {"extractor": "clip", "resize": "clean"}
-    assert (loaded.mean == moments.mean).all() and (loaded.m2 == moments.m2).all()
 
 
 def test_what_cannot_be_measured_is_refused():
@@ -136,3 +241,16 @@ def test_what_cannot_be_measured_is_refused():
         Moments(3).update(np.full((2, 3), np.nan))
     with pytest.raises(ValueError, match="expected"):
         Moments(3).update(np.zeros((2, 4)))
+    with pytest.raises(UserError, match="at least 2"):
+        frechet_from_features(np.zeros((1, 3)), np.zeros((5, 3)))
+    with pytest.raises(ValueError, match="cannot merge"):
+        Moments(3).merge(Moments(4))
+
+
+def test_taking_in_many_features_copies_only_a_few_of_them_at_once():
+    features = np.random.default_rng(0).random((60_000, 64), dtype=np.float32)
+    tracemalloc.start()
+    Moments.of(features)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < features.nbytes / 4

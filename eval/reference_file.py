@@ -1,0 +1,82 @@
+"""Statistics of reference pictures in a file, so that they are taken once.
+
+The file says of what they are: the extractor (its weights' hash, its resize mode and dimension) and
+the number of pictures. Statistics of another kind give other distances without any sign of it, so
+they are refused. safetensors; `mean` (d,) and `m2` (d, d), see eval/moments.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.moments import Moments
+from train.config import UserError
+
+FORMAT = "sd-atelier reference 1"
+_ALIKE = {"sha256": "weights", "resize": "resize mode", "dimension": "dimension"}
+
+
+def save(path: str | Path, moments: Moments, extractor: Mapping[str, Any], **sources: Any) -> None:
+    """Write the moments with the extractor's `describe()`, and whatever says where they are from.
+
+    The file is there whole or not at all.
+    """
+    from safetensors.numpy import save as serialise
+
+    from data.files import write_atomically
+
+    missing = [key for key in _ALIKE if key not in extractor]
+    if missing or extractor["dimension"] != moments.dimension:
+        raise ValueError(f"{dict(extractor)} does not describe {moments.dimension} dimensions")
+    about = {"extractor": dict(extractor), "n": moments.n, "sources": sources}
+    header = {"format": FORMAT, "about": json.dumps(about, sort_keys=True)}
+    tensors = {"mean": moments.mean, "m2": moments.m2}
+    write_atomically(Path(path), serialise(tensors, metadata=header))
+
+
+def load(path: str | Path, extractor: Mapping[str, Any]) -> Moments:
+    """The moments, if they are of an extractor like this one (`describe()`), else UserError."""
+    moments, about = read(path)
+    found = about["extractor"]
+    for key, title in _ALIKE.items():
+        if found[key] != extractor[key]:
+            raise UserError(
+                f"{path} is of another {title}: of {_named(found, key)}, and not of "
+                f"{_named(extractor, key)}; remake it with this extractor, or evaluate with that"
+            )
+    return moments
+
+
+def read(path: str | Path) -> tuple[Moments, dict[str, Any]]:
+    """The moments and what the file says of them: `extractor`, `n` and `sources`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise KeyError("format")
+            about = json.loads(header["about"])
+            mean, m2 = file.get_tensor("mean"), file.get_tensor("m2")
+            return _moments(about, mean, m2), about
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} is no reference file, or a damaged one ({error}): remake it"
+        ) from None
+
+
+def _moments(about: Mapping[str, Any], mean: Any, m2: Any) -> Moments:
+    dimension = int(about["extractor"]["dimension"])
+    if mean.shape != (dimension,) or m2.shape != (dimension, dimension):
+        raise ValueError(f"shapes {mean.shape} and {m2.shape}")
+    moments = Moments(0)
+    moments.n, moments.mean, moments.m2 = int(about["n"]), mean, m2
+    return moments
+
+
+def _named(extractor: Mapping[str, Any], key: str) -> str:
+    value = str(extractor[key])
+    return f"{extractor.get('name', 'an extractor')} ({value[:12] if key == 'sha256' else value})"
