@@ -62,10 +62,10 @@ def main(arguments: list[str]) -> None:
 
 
 def rates(checker: Checker, pictures: Sequence[Any], scenes: Sequence[Any]) -> dict[str, Any]:
-    """Share right of each attribute and of all at once, with bootstrap 95 % intervals."""
+    """Share right of each attribute and of all at once, with 95 % intervals."""
     import numpy as np
 
-    from eval.clip_score import summarise
+    from eval.significance import share
 
     read = [
         reading
@@ -78,7 +78,7 @@ def rates(checker: Checker, pictures: Sequence[Any], scenes: Sequence[Any]) -> d
         for name in read[0]
     }
     right["all four"] = np.prod(list(right.values()), axis=0)
-    return {name: summarise(values).as_dict() for name, values in right.items()}
+    return {name: share(values).as_dict() for name, values in right.items()}
 
 
 def table(measures: dict[str, Any]) -> str:
