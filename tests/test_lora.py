@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
+from eval import in_training
+from tests import judged
 from tests.runs import arguments, finish, launch, make_world, preview_again
-from train import lora, models
+from train import examination, lora, models
 from train.config import UserError
 
 # Adam divides by the size of the gradient: where that is as small as its rounding, the order of a
@@ -237,6 +240,46 @@ def test_two_processes_train_on_the_same_samples_to_the_same_weights(world, tmp_
     assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5)
     manifest = json.loads((tmp_path / "two" / "manifest.json").read_text())
     assert manifest["processes"] == 2
+
+
+JUDGED = ("evaluation.every=2", "validation.metric=clip_score")
+
+
+def test_pictures_judged_in_the_course_of_training_change_nothing_of_it(
+    world, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(in_training, "judge", partial(judged.judge, fails=0))
+    lora.main(arguments(world, tmp_path / "run", *JUDGED))
+    assert_same(adapter(tmp_path / "run"), adapter(run))
+    assert losses_of_steps(tmp_path / "run") == losses(run)
+    found = examination.read(tmp_path / "run/eval/steps")
+    assert [one.step for one in found] == [0, 2, 4, 6]
+    values = [one.value("clip_score") for one in found]
+    for one, picture in zip(found, sorted(tmp_path.rglob("eval/steps/*/00000.png")), strict=True):
+        assert np.asarray(Image.open(picture)).mean() == one.value("clip_score")
+    best = json.loads((tmp_path / "run/checkpoints/best.json").read_text())
+    assert best["value"] == max(values[1:]) == values[best["step"] // 2]
+
+
+@pytest.mark.slow
+def test_two_processes_judge_together_and_fail_together(world, tmp_path):
+    args = arguments(world, tmp_path / "two", *COMPARABLE, *JUDGED)
+    said = finish(launch("tests/judged.py", "train/lora.py", *args, processes=2))
+    assert said.count("warning: step 2 has no scores: MemoryError: full") == 1
+    found = {one.step: one for one in examination.read(tmp_path / "two/eval/steps")}
+    assert list(found) == [0, 4, 6]
+    for step, one in found.items():
+        pictures = sorted((tmp_path / f"two/eval/steps/step-{step:08d}").glob("*.png"))
+        means = [np.asarray(Image.open(path)).mean() for path in pictures]
+        assert len(means) == 2 and one.value("clip_score") == sum(means)
+    best = max((4, 6), key=lambda step: found[step].value("clip_score"))
+    marked = json.loads((tmp_path / "two/checkpoints/best.json").read_text())
+    assert (marked["step"], marked["value"]) == (best, found[best].value("clip_score"))
+
+
+def losses_of_steps(output: Path) -> list[float]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_a_run_goes_on_from_another_s_adapter(world, run, tmp_path):

@@ -533,6 +533,13 @@ def test_what_was_measured_on_other_pictures_is_no_measure(tmp_path):
     assert course(resumed, other, {4: 5.0})[4] is resumed.best
 
 
+def test_where_a_score_of_pictures_chooses_it_still_warns_by_the_mean(tmp_path, capsys):
+    table, config = Table(), ValidationConfig(every=2, metric="fid")
+    some = Validation(table, config, tmp_path, Accelerator(cpu=True), start=0)
+    course(some, table, {0: 3.0, 2: 1, 4: 2, 6: 2})
+    assert "risen since step 2" in capsys.readouterr().out and some.title == "held-out loss"
+
+
 def test_what_a_resumed_run_forgets_does_not_hide_what_it_knows(tmp_path):
     """After step 2 it went on on other pictures."""
     table, other = Table(), Table()

@@ -172,10 +172,28 @@ class ValidationConfig(Section):
     """Pictures used of them, at the most; as many of those trained on show the gap between."""
     timesteps: int = Field(4, ge=4, multiple_of=4)
     """Timesteps of each picture, spread over the four quarters of the schedule."""
-    metric: Literal["loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4"] = "loss"
-    """What the best checkpoint is lowest in: the mean, or one quarter (q1: least noise)."""
+    metric: Literal[
+        "loss",
+        "loss_q1",
+        "loss_q2",
+        "loss_q3",
+        "loss_q4",
+        "fid",
+        "kid",
+        "cmmd",
+        "clip_score",
+        "clip_i",
+        "dino",
+    ] = "loss"
+    """What the best checkpoint is best in: the held-out loss, its mean or one quarter (q1: least
+    noise), or a score of the pictures that evaluation.every has made during training."""
     use_best: bool = False
     """At the end take the best checkpoint's weights instead of the last."""
+
+    @property
+    def score(self) -> str | None:
+        """The score of pictures that chooses the best; None where a held-out loss does."""
+        return None if self.metric.startswith("loss") else self.metric
 
 
 class LoopConfig(Section):
@@ -191,6 +209,7 @@ class LoopConfig(Section):
     preview: PreviewConfig = PreviewConfig()
     validation: ValidationConfig = ValidationConfig()
     tracking: TrackingConfig = TrackingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -212,6 +231,16 @@ class LoopConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pictures_to_score(self) -> Self:
+        if self.validation.score and not self.evaluation.every:
+            raise ValueError(
+                f"validation.metric={self.validation.score} is a score of pictures made during "
+                "training: give evaluation.every= above 0 (optimizer steps), or take "
+                "validation.metric=loss"
+            )
+        return self
+
 
 class RunConfig(LoopConfig):
     """What every fine-tuning entry shares."""
@@ -221,7 +250,19 @@ class RunConfig(LoopConfig):
     model: ModelConfig = ModelConfig()
     data: DataConfig
     diffusion: DiffusionConfig = DiffusionConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _what_scores_need(self) -> Self:
+        score, needed = self.validation.score, None
+        if score in ("fid", "kid", "cmmd") and self.evaluation.path is None:
+            needed = "evaluation.path=FOLDER of held-out pictures"
+        if score == "dino" and self.evaluation.dino is None:
+            needed = "evaluation.dino=FOLDER or hub id of a DINO"
+        if needed:
+            raise ValueError(
+                f"validation.metric={score} needs {needed}; give it, or take validation.metric=loss"
+            )
+        return self
 
     @model_validator(mode="after")
     def _preview_size(self) -> Self:

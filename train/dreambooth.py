@@ -41,6 +41,7 @@ def main(arguments: list[str]) -> None:
         return
 
     # Heavy imports wait until the run is known to be possible.
+    from eval import in_training
     from train import export, feeding, models, report
     from train.diffusion import Objective
     from train.loop import fit
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> None:
         prior=frozen_base(config, pipeline),
         seed=config.seed,
     )
-    fit(method, batches, config, accelerator)
+    fit(method, batches, config, accelerator, in_training.judge(config, accelerator))
     if accelerator.is_main_process:
         report.write(config.output)
     export.publish(method, config.output / result, accelerator)

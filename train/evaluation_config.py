@@ -53,5 +53,8 @@ class EvaluationConfig(Section):
     """Picture k uses seed + k, for the base and the fine-tuned model alike."""
     every: int = Field(0, ge=0)
     """Optimizer steps between evaluations during training; 0 for none."""
+    training_images: int = Field(1000, ge=0)
+    """Pictures trained on that the results are compared with, to find copies; evenly chosen where
+    there are more, 0 for none."""
     quick_images: int = Field(64, ge=2)
     """Pictures of each evaluation during training."""

@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> None:
         return
 
     # Heavy imports wait until the run is known to be possible.
+    from eval import in_training
     from train import export, feeding, report
     from train.diffusion import Objective
     from train.loop import fit
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
     )
     objective = Objective.of(pipeline.scheduler, config.diffusion)
     method = Full(pipeline, objective, config.full)
-    fit(method, batches, config, accelerator)
+    fit(method, batches, config, accelerator, in_training.judge(config, accelerator))
     if accelerator.is_main_process:
         report.write(config.output)
     export.publish(method, config.output / "full", accelerator)

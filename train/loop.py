@@ -16,9 +16,10 @@ from train import optim, sharding
 from train.averaging import Averages, averages_of
 from train.checkpoint import Checkpoints, DamagedCheckpoint
 from train.config import LoopConfig, RunFailed
+from train.course import Course, P
+from train.examination import Examination, Examined, Judge
 from train.meter import Meter
 from train.method import Method
-from train.overfitting import Measured
 from train.previews import Previews
 from train.tracking import Trackers, open_trackers
 from train.validation import HeldOut, Validation
@@ -47,9 +48,11 @@ def fit(
     batches: Batches,
     config: LoopConfig,
     accelerator: Accelerator,
+    judge: Judge | None = None,
 ) -> None:
     """Trains to `config.train.steps` optimizer steps, resuming from the run's newest checkpoint.
 
+    judge: what scores pictures every `config.evaluation.every` steps, if anything.
     Whatever a step needs beyond weights and optimizer is a function of the step, so a resumed run
     repeats an uninterrupted one bit for bit.
     """
@@ -100,6 +103,15 @@ def fit(
             start=start,
             kept=checkpoints.steps(),
         ),
+        examination=Examination(
+            judge,
+            config.evaluation,
+            config.output / "eval/steps",
+            accelerator,
+            score=config.validation.score,
+            start=start,
+            kept=checkpoints.steps(),
+        ),
         trackers=trackers,
         meter=meter,
         config=config,
@@ -128,7 +140,8 @@ def fit(
 
 @dataclass(kw_only=True)
 class Pause:
-    """What is done between optimizer steps: checkpoints, previews and the held-out loss."""
+    """What is done between optimizer steps: checkpoints, previews, the held-out loss and the scores
+    of pictures."""
 
     method: Method
     model: nn.Module
@@ -137,12 +150,18 @@ class Pause:
     checkpoints: Checkpoints
     previews: Previews
     validation: Validation
+    examination: Examination
     trackers: Trackers
     meter: Meter
     config: LoopConfig
     accelerator: Accelerator
     saved: int = 0
     """The step of the last checkpoint."""
+
+    @property
+    def chooser(self) -> Course[Any]:
+        """Whose best is the best checkpoint."""
+        return self.examination if self.config.validation.score else self.validation
 
     def before(self, start: int) -> None:
         """At the start of a run, or of its continuation from step `start`."""
@@ -161,60 +180,70 @@ class Pause:
 
     def settle(self) -> None:
         """Leaves in the model the weights that are to be used."""
-        best = self.validation.best if self.config.validation.use_best else None
+        wanted, title = self.config.validation.use_best, self.chooser.title
+        best = self.chooser.best if wanted else None
         if best is not None:
-            self._take(best)
-        elif self.config.validation.use_best:
-            self.accelerator.print("no held-out loss was finite: the last weights are taken")
+            self._take(best.step)
+        elif wanted:
+            self.accelerator.print(f"no {title} was finite: the last weights are taken")
         self.averages.settle()
         sharding.gather(self.method, self.accelerator)
         if best is not None:
             self.previews.render(self.method, best.step)
 
-    def _take(self, best: Measured) -> None:
+    def _take(self, step: int) -> None:
         try:
-            self.checkpoints.load(best.step, self.method.model, self.optimizer, self.averages)
+            self.checkpoints.load(step, self.method.model, self.optimizer, self.averages)
         except DamagedCheckpoint as error:
             raise DamagedCheckpoint(
                 f"{error}. It is the best; validation.use_best=false ends with the last weights"
             ) from None
-        metric = self.config.validation.metric
-        value = best.value(metric)
         self.accelerator.print(
-            f"took the weights of step {best.step} (held-out {metric} {value:.4f})"
+            f"took the weights of step {step} ({self.chooser.title} {self.chooser.value:.4f})"
         )
 
     def _look(self, done: int) -> None:
         """At the weights that would be used after `done` steps."""
+        steps = self.config.train.steps
         show = self._due(done, self.config.preview.every)
-        measure = self.validation.due(done, self.config.train.steps)
-        if not show and not measure:
+        examine = self.examination.due(done, steps)
+        measure = self.validation.due(done, steps)
+        if not (show or examine or measure):
             return
         with self.averages.applied():
-            if show:
-                with sharding.gathered(self.method, self.accelerator):
-                    self.previews.render(self.method, done)
+            examined = self._draw(done, show, examine) if show or examine else None
             measured = self.validation.run(self.model, done) if measure else None
-        if measured is not None:
-            self._keep(measured)
+        self._keep(self.validation, measured)
+        self._keep(self.examination, examined)
 
-    def _keep(self, measured: Measured) -> None:
-        """What was measured, and the checkpoint if it is the best.
+    def _draw(self, done: int, show: bool, examine: bool) -> Examined | None:
+        """What takes pictures."""
+        with sharding.gathered(self.method, self.accelerator):
+            if show:
+                self.previews.render(self.method, done)
+            return self.examination.run(self.method, done) if examine else None
 
-        The validation's own file comes last: a run killed before it measures once more.
+    def _keep(self, course: Course[P], found: P | None) -> None:
+        """What was found, and the checkpoint if it is the best.
+
+        The course's own file comes last: a run killed before it measures once more.
         """
-        self.trackers.log({"step": measured.step, **measured.metrics()})
-        if self.validation.best is measured:
-            self._save(measured.step)
+        if found is None:
+            return
+        self.trackers.log({"step": found.step, **found.metrics()})
+        is_best: bool = self.chooser.best is found
+        if is_best:
+            self._save(found.step)
             self._mark_best()
-        self.validation.write(measured)
+        course.write(found)
 
     def _mark_best(self) -> None:
-        best, metric = self.validation.best, self.config.validation.metric
+        best = self.chooser.best
         if best is None:
             self.checkpoints.mark_best(None)
         else:
-            self.checkpoints.mark_best(best.step, metric=metric, value=best.value(metric))
+            metric = self.config.validation.metric
+            self.checkpoints.mark_best(best.step, metric=metric, value=self.chooser.value)
 
     def _save(self, done: int) -> None:
         if done == self.saved:

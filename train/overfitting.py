@@ -5,15 +5,15 @@ Plain numbers and their files: train/validation.py measures them, train/report.p
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from train.course import read_steps, write_step
 
 Metric = Literal["loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4"]
 
@@ -78,13 +78,9 @@ class Measured:
 
     def write(self, folder: Path) -> None:
         """FOLDER/step-00000100.json with every loss, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"step": self.step, "metrics": self.metrics()}
+        content = {"metrics": self.metrics()}
         content |= {"held_out": _described(self.held_out), "train": _described(self.train)}
-        path = folder / f"step-{self.step:08d}.json"
-        temporary = path.with_name(f".writing-{path.name}")
-        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_step(folder, self.step, content)
 
 
 @dataclass(frozen=True)
@@ -109,9 +105,9 @@ class Rise:
             )
         return (
             f"the held-out loss has risen since step {self.best} at {IN_A_ROW} validations in a "
-            f"row, at step {self.step} by {much}: the model is learning its pictures by heart. The "
-            f"best checkpoint is step {self.best}: validation.use_best=true ends with its weights. "
-            "Or lower train.steps or optim.learning_rate, or train on more pictures"
+            f"row, at step {self.step} by {much}: the model is learning its pictures by heart. "
+            "validation.use_best=true ends with the weights of the best checkpoint. Or lower "
+            "train.steps or optim.learning_rate, or train on more pictures"
         )
 
 
@@ -141,15 +137,15 @@ def _sure_rise(history: Sequence[Measured], metric: Metric) -> Rise | None:
     return Rise(last.step, best.step, amount, error) if sure else None
 
 
+def loss_of(metric: object) -> Metric:
+    """The held-out loss of that name; their mean where it is something else that chooses."""
+    return next((quarter for quarter in QUARTERS if quarter == metric), "loss")
+
+
 def lowest(history: Sequence[Measured], metric: Metric) -> Measured | None:
     """The first that is lowest in `metric`; None where there is none with a finite loss."""
     finite = [one for one in history if math.isfinite(one.value(metric))]
     return min(finite, key=lambda one: one.value(metric), default=None)
-
-
-def best_of(history: Sequence[Measured], kept: Collection[int], metric: Metric) -> Measured | None:
-    """The lowest after training began, of the steps whose checkpoints are `kept`."""
-    return lowest([one for one in history if one.step > 0 and one.step in kept], metric)
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -160,16 +156,15 @@ def standard_error(values: np.ndarray) -> float:
 def read(folder: Path, *, until: float = math.inf) -> list[Measured]:
     """All validations of a run up to a step that can be compared with the last of them, by step;
     unreadable files are left out."""
-    found = [_read(path) for path in sorted(folder.glob("step-*.json"))]
+    found = [_read(content) for content in read_steps(folder)]
     intact = [one for one in found if one is not None and one.step <= until]
     return [one for one in intact if one.held_out.same_as(intact[-1].held_out)]
 
 
-def _read(path: Path) -> Measured | None:
+def _read(content: dict[str, Any]) -> Measured | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         return Measured(int(content["step"]), _side(content["held_out"]), _side(content["train"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

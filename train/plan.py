@@ -135,7 +135,8 @@ def _check_space(config: RunConfig, base: BaseModel, found: Pictures, trainable_
     # Parameters, Adam's two moments and the average; the result.
     one = trainable_bytes * (3 + (config.train.ema_decay is not None))
     # The newest, the one being written, and the best.
-    count = config.checkpoint.keep + 1 + (validation_data.settings(config) is not None)
+    chosen = config.validation.score is not None or validation_data.settings(config) is not None
+    count = config.checkpoint.keep + 1 + chosen
     needed = count * one + trainable_bytes + _SLACK_BYTES
     rundir.check_space(config.output, needed, what="checkpoints")
 
@@ -217,7 +218,7 @@ def _check_held_out(config: RunConfig, found: Pictures) -> list[str]:
     if held_out is not None:
         _check_held_out_tokens(config, held_out)
         return validation_data.describe(config, held_out, found)
-    if config.validation.use_best:
+    if config.validation.use_best and config.validation.score is None:
         raise UserError(
             "validation.use_best=true needs held-out pictures to find the best on: give "
             "validation.path= (or evaluation.path=) and a validation.every above 0, or leave it out"

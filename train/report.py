@@ -28,7 +28,8 @@ from eval.report import (
     warning,
     write_page,
 )
-from train import overfitting
+from train import examination, overfitting
+from train.examination import Examined
 from train.overfitting import Measured, Metric
 from train.tracking import read_metrics
 
@@ -40,6 +41,14 @@ _QUARTERS: tuple[tuple[Metric, str, Literal["q1", "q2", "q3", "q4"]], ...] = (
     ("loss_q3", "third", "q3"),
     ("loss_q4", "most noise", "q4"),
 )
+_SCORES = {
+    "fid": ("FID", "Fréchet distance, less is better"),
+    "kid": ("KID", "kernel distance, less is better"),
+    "cmmd": ("CMMD", "CLIP distance, less is better"),
+    "clip_score": ("CLIP score", "likeness to the prompt, more is better"),
+    "clip_i": ("CLIP-I", "likeness to real pictures, more is better"),
+    "dino": ("DINO", "likeness to real pictures, more is better"),
+}
 _PROMPTS, _TIMES = 12, 5  # previews shown: prompts, and steps of each, both evenly spread
 
 
@@ -54,6 +63,7 @@ class Run:
     dataset: dict[str, Any]
     lines: list[dict[str, Any]]
     validations: list[Measured]
+    examinations: list[Examined]
 
     @classmethod
     def read(cls, folder: Path, dataset: Mapping[str, Any]) -> Run:
@@ -72,6 +82,7 @@ class Run:
                 if {"step", "loss"} <= line.keys()
             ],
             overfitting.read(folder / "validation"),
+            examination.read(folder / "eval" / "steps"),
         )
 
     def setting(self, key: str) -> Any:
@@ -91,16 +102,20 @@ class Run:
         return self.column("step")
 
     @property
+    def best(self) -> int | None:
+        """The step of the best checkpoint."""
+        step = _json(self.folder / "checkpoints" / "best.json").get("step")
+        return step if isinstance(step, int) else None
+
+    @property
     def taken(self) -> int | None:
         """The step whose weights the run ends with, where that is the best."""
-        best = _json(self.folder / "checkpoints" / "best.json").get("step")
-        return best if self.setting("validation.use_best") and isinstance(best, int) else None
+        return self.best if self.setting("validation.use_best") else None
 
     @property
     def metric(self) -> Metric:
-        """What the best step is lowest in."""
-        chosen = self.setting("validation.metric")
-        return chosen if chosen in overfitting.QUARTERS else "loss"
+        """The held-out loss that chooses the best step, or would if no score of pictures did."""
+        return overfitting.loss_of(self.setting("validation.metric"))
 
 
 def write(output: Path, *, dataset: Mapping[str, Any] | None = None) -> Path:
@@ -119,6 +134,7 @@ def write(output: Path, *, dataset: Mapping[str, Any] | None = None) -> Path:
             *map(warning, warnings(run)),
             verdict_line(verdict(run)),
             _curves(run),
+            _scores(run),
             section_of(_previews(run)),
             facts("Dataset", _rows(run.dataset)),
             _configuration(run),
@@ -268,8 +284,10 @@ def _held_out(run: Run) -> list[Chart]:
         return []
     steps = [float(one.step) for one in measured]
     errors = [overfitting.standard_error(one.held_out.of_pictures("loss")) for one in measured]
-    best = overfitting.lowest(measured, run.metric)
-    mark = (float(best.step), _best_named(best.step)) if best else None
+    lowest = overfitting.lowest(measured, run.metric)
+    by_loss = run.setting("validation.metric") not in _SCORES
+    best = (lowest.step if lowest else None) if by_loss else run.best
+    mark = _mark(best, steps)
     first = measured[0]
     return [
         Chart(
@@ -304,8 +322,34 @@ def _ratio(measured: Measured, first: Measured, quarter: Metric) -> float:
     return measured.value(quarter) / before if before > 0 else math.nan
 
 
-def _best_named(step: int) -> str:
-    return f"best: step {step:,}" if step else "best: before training"
+def _scores(run: Run) -> str:
+    """The scores of pictures made during training, one chart each."""
+    found = run.examinations
+    names = list(dict.fromkeys(name for one in found for name in one.scores))
+    steps = [float(one.step) for one in found]
+    drawn = [
+        Chart(
+            *_SCORES.get(name, (name.replace("_", " "), "score")),
+            "optimizer steps",
+            steps,
+            [Curve(name.replace("_", " "), [one.value(name) for one in found])],
+            from_zero=False,
+            mark=_mark(run.best, steps),
+        )
+        for name in names
+    ]
+    return charts(
+        "Scores of generated pictures",
+        "The same prompts and seeds at every step; at step 0 those of the base.",
+        drawn,
+    )
+
+
+def _mark(best: int | None, steps: Sequence[float]) -> tuple[float, str] | None:
+    """Where the best step is, on a chart that goes so far."""
+    if best is None or best > max(steps):
+        return None
+    return float(best), f"best: step {best:,}" if best else "best: before training"
 
 
 def _previews(run: Run) -> Section:

@@ -115,10 +115,10 @@ def fill(target: Tensor, value: Tensor) -> None:
 
 @contextmanager
 def gathered(method: Method, accelerator: Accelerator) -> Iterator[None]:
-    """Within it the main process's pipeline of a sharded method has whole copies of its parts, at
+    """Within it every process's pipeline of a sharded method has whole copies of its parts, at
     rest."""
     live = _sharded_parts(method)
-    gather(method, accelerator)
+    gather(method, accelerator, everywhere=True)
     try:
         yield
     finally:
@@ -126,12 +126,13 @@ def gathered(method: Method, accelerator: Accelerator) -> Iterator[None]:
             setattr(method.pipeline(), name, part)
 
 
-def gather(method: Method, accelerator: Accelerator) -> None:
-    """Puts whole copies of a sharded method's parts into the main process's pipeline for good, for
-    previews and export."""
+def gather(method: Method, accelerator: Accelerator, *, everywhere: bool = False) -> None:
+    """Puts whole copies of a sharded method's parts into the main process's pipeline, or that of
+    every one, for good: for previews and export."""
+    keep = everywhere or accelerator.is_main_process
     for name, part in _sharded_parts(method).items():
-        state = _whole_state(part, keep=accelerator.is_main_process)
-        if accelerator.is_main_process:
+        state = _whole_state(part, keep=keep)
+        if keep:
             whole_part = _rebuilt(part, state).to(accelerator.device)
             setattr(method.pipeline(), name, whole_part)
 

@@ -3,7 +3,6 @@ changes between two of them is the model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train.config import ValidationConfig
-from train.overfitting import Measured, Side, best_of, read, risen
+from train.course import Course
+from train.overfitting import Measured, Side, loss_of, read, risen
 
 Batch = dict[str, Any]
 
@@ -41,16 +41,11 @@ class HeldOut(Protocol):
         timestep, held-out pictures first; -1 is padding."""
 
 
-class Validation:
+class Validation(Course[Measured]):
     """Measures, writes OUTPUT/step-00000100.json and warns once the held-out loss has risen.
 
-    held_out: None for a run that has nothing to validate on. start: the step the run is resumed
-    from; what was measured up to there is read again, what came later is forgotten. kept: the steps
-    that have a checkpoint. To be made by all processes, before any of them writes.
+    held_out: None for a run that has nothing to validate on. The rest is as for Course.
     """
-
-    best: Measured | None
-    """The lowest after training began of what has a checkpoint, or is to have one."""
 
     def __init__(
         self,
@@ -62,47 +57,29 @@ class Validation:
         start: int,
         kept: Collection[int] = (),
     ) -> None:
-        self._held_out, self._config, self._output = held_out, config, output
-        self._accelerator = accelerator
-        # At step 0 nothing binds a run to what was measured before, perhaps on another base.
+        self._held_out, self._loss = held_out, loss_of(config.metric)
         known = read(output, until=start) if start else []
-        self._history = [one for one in known if held_out is None or _is_of(one, held_out)]
+        super().__init__(
+            [one for one in known if held_out is None or _is_of(one, held_out)],
+            output,
+            accelerator,
+            title=f"held-out {self._loss}",
+            every=config.every if held_out is not None else 0,
+            metric=self._loss,
+            start=start,
+            kept=kept,
+        )
         self._warned = any(self._risen(end) for end in range(len(self._history) + 1))
-        self.best = best_of(self._history, kept, config.metric)
-        accelerator.wait_for_everyone()  # the others read what is to be forgotten
-        if accelerator.is_main_process:
-            _forget(output, start)
-
-    def due(self, done: int, steps: int) -> bool:
-        """Whether to measure after `done` of `steps` optimizer steps: every so often, at the last,
-        and before the first."""
-        every = self._config.every
-        if self._held_out is None or not every or any(one.step == done for one in self._history):
-            return False
-        return done == steps or done % every == 0
 
     def run(self, model: nn.Module, done: int) -> Measured:
         """The held-out loss of the model as it is, where it is due. A place where all processes
         meet."""
         assert self._held_out is not None
         measured = self._measured(self._held_out, done, self._losses(self._held_out, model))
-        if done > 0 and self._is_lower(measured):
-            self.best = measured
-        self._history.append(measured)
+        self._add(measured)
         if self._accelerator.is_main_process:
             self._say(measured)
         return measured
-
-    def write(self, measured: Measured) -> None:
-        """Puts down that it was measured: a run that is resumed there does not measure again."""
-        if self._accelerator.is_main_process:
-            measured.write(self._output)
-
-    def _is_lower(self, measured: Measured) -> bool:
-        """Than the best so far; never where it is not a number."""
-        metric = self._config.metric
-        limit = math.inf if self.best is None else self.best.value(metric)
-        return measured.value(metric) < limit
 
     def _measured(self, held_out: HeldOut, done: int, losses: np.ndarray) -> Measured:
         sides, at = {}, 0
@@ -138,7 +115,7 @@ class Validation:
             tqdm.write(f"warning: {rise}")
 
     def _risen(self, end: int) -> Any:
-        return risen(self._history[:end], self._config.metric)
+        return risen(self._history[:end], self._loss)
 
 
 @contextmanager
@@ -163,11 +140,3 @@ def _is_of(measured: Measured, held_out: HeldOut) -> bool:
     side = measured.held_out
     same = np.array_equal(side.timesteps, held_out.timesteps["held_out"])
     return same and side.ids == list(held_out.ids["held_out"])
-
-
-def _forget(output: Path, start: int) -> None:
-    """Removes what a run that is resumed at `start` measures again."""
-    for path in output.glob("step-*.json"):
-        step = path.stem.removeprefix("step-")
-        if step.isdecimal() and (int(step) > start or start == 0):
-            path.unlink(missing_ok=True)

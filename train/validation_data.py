@@ -34,13 +34,16 @@ Batch = dict[str, Any]
 
 def settings(config: RunConfig) -> DataConfig | None:
     """The data section of the held-out pictures: the run's own, but for where they are. None where
-    nothing is validated.
+    nothing is validated."""
+    path = config.validation.path or config.evaluation.path
+    return None if path is None or not config.validation.every else data_at(config, str(path))
+
+
+def data_at(config: RunConfig, path: str) -> DataConfig:
+    """The run's data section for other pictures.
 
     Where the run has several sources, it is what they inherit, not what each has for itself.
     """
-    path = config.validation.path or config.evaluation.path
-    if path is None or not config.validation.every:
-        return None
     data, sources = config.data, config.data.named_sources()
     own: dict[str, Any] = {
         "captions": data.captions.model_copy(update={"max_tokens": sources[0].tokens})
@@ -48,7 +51,7 @@ def settings(config: RunConfig) -> DataConfig | None:
     if len(sources) == 1:
         names = ("caption", "captions", "split", "resolution", "crop")
         own = {name: getattr(sources[0], name) for name in names}
-    where = {"path": str(path), "sources": [], "streaming": False, "flip": False}
+    where = {"path": path, "sources": [], "streaming": False, "flip": False}
     return data.model_copy(update=own | where)
 
 
@@ -235,7 +238,7 @@ def _samples(
         records=both.records,
         order=Order(both.sizes, seed=seed, batch_size=1),
         sources=both.records.sources,
-        wordings=[_settled(wording) for wording in both.wordings],
+        wordings=[settled(wording) for wording in both.wordings],
         latent_keys=keys,
         seed=seed,
         noising=replace(training_set.noising, perturbation=0.0),
@@ -245,7 +248,8 @@ def _samples(
     )
 
 
-def _settled(wording: Wording) -> Wording:
+def settled(wording: Wording) -> Wording:
+    """Without what differs from time to time."""
     return replace(wording, shuffle_tags=False, tag_dropout=0.0)
 
 
