@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
+from eval.report import heading
+
 _WIDTH, _HEIGHT = 400, 200  # of a chart, in units of its text's pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 392, 26, 168  # of the area inside its axes
 _COLUMNS = 300  # of a curve; within one only the least and the largest value are drawn
@@ -22,6 +24,8 @@ class Curve:
     look: Literal["main", "pale", "limit", "q1", "q2", "q3", "q4"] = "main"
     spread: Sequence[float] | None = None
     """So far above and below each value a stroke reaches."""
+    intervals: Sequence[tuple[float, float]] | None = None
+    """Or from where to where (not finite: no stroke)."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,7 @@ class Bar:
 def charts(title: str, explanation: str, drawn: Sequence[Chart]) -> str:
     """Charts side by side; one without a finite value is left out."""
     cards = "".join(_chart(chart) for chart in drawn)
-    if not cards:
-        return ""
-    heading = f"<h2>{escape(title)}</h2><p>{escape(explanation)}</p>"
-    return f'{heading}<div class="cards pairs">{cards}</div>'
+    return f'{heading(title, explanation)}<div class="cards pairs">{cards}</div>' if cards else ""
 
 
 def histograms(title: str, explanation: str, drawn: Sequence[Histogram]) -> str:
@@ -83,17 +84,14 @@ def shapes(title: str, explanation: str, bars: Sequence[Bar]) -> str:
     return f'{heading(title, explanation)}<div class="shapes">{rows}</div>' if rows else ""
 
 
-def heading(title: str, explanation: str = "") -> str:
-    return f"<h2>{escape(title)}</h2>" + (f"<p>{escape(explanation)}</p>" if explanation else "")
-
-
 def _chart(chart: Chart) -> str:
     finite = [v for curve in chart.curves for v in _reached(curve) if math.isfinite(v)]
     if not finite:
         return ""
     y_ticks = _ticks(min([*finite, 0.0] if chart.from_zero else finite), max(finite))
-    x_ticks = [tick for tick in _ticks(0.0, max(chart.x)) if tick <= max(chart.x)]
-    x_span, y_span = (0.0, max(chart.x) or 1.0), (y_ticks[0], y_ticks[-1])
+    x_span = _x_span(chart.x)
+    x_ticks = [tick for tick in _ticks(*x_span) if x_span[0] <= tick <= x_span[1]]
+    y_span = (y_ticks[0], y_ticks[-1])
     paths = "".join(
         f'<path class="{curve.look}" d="{_path(chart.x, curve.values, x_span, y_span)}'
         f'{_strokes(chart.x, curve, x_span, y_span)}"/>'
@@ -177,11 +175,17 @@ def _path(
     return "".join(f"M{'L'.join(stroke)}h0" for stroke in strokes if stroke)
 
 
+def _ends(curve: Curve) -> list[tuple[float, float]]:
+    """From where to where the stroke at each value goes; nan where there is none."""
+    if curve.intervals is not None:
+        return list(curve.intervals)
+    spread = curve.spread or [math.nan] * len(curve.values)
+    return [(v - reach, v + reach) for v, reach in zip(curve.values, spread, strict=True)]
+
+
 def _reached(curve: Curve) -> list[float]:
     """All heights that a curve and its strokes come to."""
-    spread = curve.spread or [0.0] * len(curve.values)
-    pairs = zip(curve.values, map(_or_zero, spread), strict=True)
-    return [end for value, reach in pairs for end in (value - reach, value + reach)]
+    return [*curve.values, *(end for ends in _ends(curve) for end in ends)]
 
 
 def _strokes(
@@ -189,15 +193,11 @@ def _strokes(
 ) -> str:
     """SVG path data of what is drawn above and below the values."""
     return "".join(
-        f"M{_place(at, x_span, _LEFT, _RIGHT)} {_place(value - reach, y_span, _BOTTOM, _TOP)}"
-        f"V{_place(value + reach, y_span, _BOTTOM, _TOP)}"
-        for at, value, reach in zip(x, curve.values, curve.spread or [], strict=False)
-        if math.isfinite(value) and math.isfinite(reach)
+        f"M{_place(at, x_span, _LEFT, _RIGHT)} {_place(low, y_span, _BOTTOM, _TOP)}"
+        f"V{_place(high, y_span, _BOTTOM, _TOP)}"
+        for at, (low, high) in zip(x, _ends(curve), strict=True)
+        if math.isfinite(low) and math.isfinite(high)
     )
-
-
-def _or_zero(value: float) -> float:
-    return value if math.isfinite(value) else 0.0
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -220,6 +220,12 @@ def _ticks(low: float, high: float) -> list[float]:
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 5, 10, 20) if size * factor >= rough)
     return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def _x_span(x: Sequence[float]) -> tuple[float, float]:
+    """From 0, unless a value is below it, to the largest value."""
+    least = min(0.0, *x, math.inf)
+    return least, max(x) if max(x) > least else least + 1.0
 
 
 def _place(value: float, span: tuple[float, float], start: float, end: float) -> str:

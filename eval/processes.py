@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -50,3 +50,12 @@ def quieten() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
+
+
+def one_thread(device: Any) -> None:
+    """On a CPU, one thread per process: how many there are moves a value by rounding, and numbers
+    must not depend on how a command was launched. Several processes use several cores."""
+    import torch
+
+    if device.type == "cpu":
+        torch.set_num_threads(1)

@@ -22,6 +22,9 @@ ARMS = {
     "training": "copy of the training set",
 }
 
+MAIN = ("base", "base_class", "finetuned")
+"""The arms that make pictures of the same prompts and seeds."""
+
 
 @dataclass(frozen=True)
 class Value:
@@ -63,6 +66,8 @@ class Score:
     how: str
     """How it was computed, in sentences for the report."""
     change: Change | None = None
+    against: str = "base"
+    """The arm that the change is from."""
     interval: str = ""
     """What the intervals are of."""
     warning: str = ""

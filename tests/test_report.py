@@ -7,7 +7,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.report import Comparison, Panel, Section, Table, embed, write_report
+from eval.report import (
+    Comparison,
+    Grid,
+    Panel,
+    Section,
+    Table,
+    embed,
+    facts,
+    grids_of,
+    heading,
+    section_of,
+    table_of,
+    verdict_line,
+    warning,
+    write_page,
+)
 
 EVIL = '<script>alert("x")</script> & \'"'
 
@@ -28,17 +43,19 @@ class _Page(HTMLParser):
 @pytest.fixture
 def page(tmp_path):
     picture = np.zeros((20, 30, 3), np.uint8)
-    write_report(
+    panels = [Panel(picture, EVIL, EVIL)] * 3
+    write_page(
         tmp_path / "report.html",
         title=EVIL,
-        verdict=EVIL,
-        table=Table([EVIL], [(EVIL, [(EVIL, EVIL)])]),
-        warnings=[EVIL],
-        sections=[
-            Section(EVIL, EVIL, [Comparison(EVIL, [Panel(picture, EVIL, EVIL)] * 3)]),
-            Section("left out", "", []),
+        pieces=[
+            verdict_line(EVIL),
+            table_of(Table([EVIL], [(EVIL, [(EVIL, EVIL)])])),
+            warning(EVIL),
+            section_of(Section(EVIL, EVIL, [Comparison(EVIL, panels)])),
+            section_of(Section("left out", "", [])),
+            grids_of("left out", "", []),
+            facts(EVIL, [(EVIL, EVIL)]),
         ],
-        method=[(EVIL, EVIL)],
     )
     page = _Page()
     page.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
@@ -48,7 +65,7 @@ def page(tmp_path):
 
 def test_all_text_is_escaped_and_all_of_it_arrives(page):
     assert "script" not in {tag for tag, _ in page.tags}
-    assert page.text.count(EVIL) == 19
+    assert page.text.count(EVIL) == 20
     alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
     assert alts == [f"{EVIL}: {EVIL}"] * 3
 
@@ -80,3 +97,27 @@ def test_small_pictures_are_embedded_exactly_and_large_ones_scaled(tmp_path):
     Image.fromarray(pixels).resize((1536, 768)).save(tmp_path / "large.png")
     large = _decode(embed(tmp_path / "large.png"))
     assert large.size == (512, 256) and large.format == "JPEG"
+
+
+def test_a_small_picture_that_takes_too_much_is_not_kept_exactly():
+    noise = np.random.default_rng(0).integers(0, 256, (170, 170, 3), dtype=np.uint8)
+    assert embed(noise, 512).startswith("data:image/jpeg")
+    assert embed(np.zeros_like(noise), 512).startswith("data:image/png")
+    assert len(embed(noise, 512)) < 100_000
+
+
+def test_grids_keep_columns_aligned_and_escape_their_text():
+    panel = Panel(np.zeros((8, 8, 3), np.uint8), "", EVIL)
+    grid = Grid(EVIL, EVIL, [EVIL, EVIL], [(EVIL, [panel, panel]), ("short", [panel])])
+    page = _Page()
+    page.feed(grids_of(EVIL, EVIL, [grid]))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count(EVIL) == 10
+    assert [a["style"] for _, a in page.tags if "style" in a] == ["--n:2"]
+    # Two labels, four cells and, above them, an empty corner and two heads fill three rows.
+    inside = [tag for tag, _ in page.tags][[a.get("class") for _, a in page.tags].index("grid") :]
+    assert inside.count("span") + inside.count("figure") == 3 * 3
+
+
+def test_a_heading_needs_no_sentence():
+    assert heading("A & B") == "<h2>A &amp; B</h2>"
