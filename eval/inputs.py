@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from eval.protocols import Protocol
 
 
+IN_TRAINING = 1_000_000  # added to the seeds of pictures that are made during training
+
+
 @dataclass(frozen=True)
 class Given:
     """What an evaluation has to go by."""
@@ -101,16 +104,18 @@ def gather(config: RunConfig) -> Given:
 
 
 def plan(config: RunConfig, given: Given, *, images: int | None = None) -> Plan:
-    """All pictures to make; `images`: about so many of the samples, and none of the others."""
+    """All pictures to make; `images`: during training, so many of the samples and none of the
+    others, and of other seeds, so that what chose a checkpoint is not what it is judged by."""
     from eval import arms
 
     settings, size = config.evaluation, square(config, given.buckets)
+    seed = settings.seed + (IN_TRAINING if images else 0)
     if given.protocol is None:
         samples = arms.of_captions(
             given.held_out,
             images=images or settings.images,
             buckets=given.buckets,
-            seed=settings.seed,
+            seed=seed,
         )
         samples = [_with_class(task, given) for task in samples]
         prior, general = _class_prompts(config), settings.general
@@ -118,7 +123,7 @@ def plan(config: RunConfig, given: Given, *, images: int | None = None) -> Plan:
         each = settings.per_prompt
         if images:
             each = max(1, images // len(given.protocol.prompts))
-        samples = arms.of_protocol(given.protocol, per_prompt=each, size=size, seed=settings.seed)
+        samples = arms.of_protocol(given.protocol, per_prompt=each, size=size, seed=seed)
         samples = arms.spread(samples, images) if images else samples
         prior = list(given.protocol.prior_prompts)
         general = settings.general or list(given.protocol.general)

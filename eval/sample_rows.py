@@ -35,7 +35,7 @@ def described(copies: Memorisation | None, given: Given) -> dict[str, Any] | Non
         for pair in copies.pairs[:SHOWN_PAIRS]
     ]
     content = {k: v for k, v in asdict(copies).items() if k != "pairs"}
-    return content | {"pairs": pairs}
+    return {"flagged": copies.flagged, "said": copies.said, **content, "pairs": pairs}
 
 
 def samples(

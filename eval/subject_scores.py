@@ -83,7 +83,7 @@ def class_kept(arms: Arms, groups: Sequence[int], real: np.ndarray) -> Score:
         title="Class turned into the subject",
         better="less",
         how="PRES: mean cosine of pictures of the class, prompted without the subject's name, with "
-        "the subject's real pictures (Ruiz et al. 2022, section 4.3).",
+        "the subject's real pictures (Ruiz et al. 2022, section 4).",
     )
 
 

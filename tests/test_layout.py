@@ -27,7 +27,9 @@ FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
 MODULES = {name: file for name, file in MODULES.items() if not name.endswith("__init__")}
 CONFIGS = sorted(
-    file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "accelerate"
+    file
+    for file in (ROOT / "configs").rglob("*.yaml")
+    if file.parent.name not in ("accelerate", "prompts")
 )
 HEAVY = ("torch", "transformers", "diffusers", "accelerate", "peft", "datasets", "wandb")
 # Installed by some and not by others, but never ours to shadow.

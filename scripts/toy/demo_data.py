@@ -15,6 +15,7 @@ STYLE = "mosaic"
 SUBJECT, WORD, TOKEN, SUBJECT_PICTURES, SUBJECT_SEED = "owl", "owl circle", "<owl>", 12, 12
 TRAINING, HELD_OUT = 192, 256  # pictures
 TRAINING_SEED, HELD_OUT_SEED = 10, 11
+VIEWS, VIEWS_SEED = 24, 13  # held-out pictures of the subject
 
 
 class DemoDataConfig(Section):
@@ -29,17 +30,16 @@ def main(arguments: list[str]) -> None:
     if not (output / STYLE).exists():
         toy.write_pictures(output / STYLE, TRAINING, seed=TRAINING_SEED, style=STYLE)
     for folder, name in ((SUBJECT, WORD), (f"{SUBJECT}-token", TOKEN)):
-        if not (output / folder).exists():
-            toy.write_pictures(
-                output / folder,
-                SUBJECT_PICTURES,
-                seed=SUBJECT_SEED,
-                subject=SUBJECT,
-                name=name,
-            )
+        _write_subject(output / folder, SUBJECT_PICTURES, name, seed=SUBJECT_SEED)
+        _write_subject(output / f"{folder}-held-out", VIEWS, name, seed=VIEWS_SEED, square=True)
     held_out = output / f"{STYLE}-held-out"
     if not held_out.exists():
         toy.write_pictures(held_out, HELD_OUT, seed=HELD_OUT_SEED, style=STYLE, square=True)
+
+
+def _write_subject(folder: Path, count: int, name: str, *, seed: int, square: bool = False) -> None:
+    if not folder.exists():
+        toy.write_pictures(folder, count, seed=seed, subject=SUBJECT, name=name, square=square)
 
 
 if __name__ == "__main__":

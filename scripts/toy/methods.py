@@ -171,6 +171,7 @@ def train(trial: Trial, config: MethodsConfig, data: Path, run: Path, seed: int)
         f"data.cache={config.output / 'cache'}",
         f"seed={seed}",
         "preview.every=0",
+        "evaluation.path=null",
         *trial.settings,
     ]
     entry = ROOT / "train" / f"{trial.entry}.py"
