@@ -50,6 +50,10 @@ class Plan:
         """What is made at each scale: the first picture of some prompts."""
         return spread(first_of_each(self.samples), SWEPT) if self.scales else []
 
+    def sweep(self) -> dict[float, str]:
+        """The arm of each scale."""
+        return {scale: f"scale-{scale:g}" for scale in self.scales}
+
     def arms(self) -> dict[str, list[Task]]:
         """What the base makes and what the fine-tuned model makes, by the arm's name; the sweep
         aside."""

@@ -58,7 +58,7 @@ def evaluate(config: RunConfig, run: Path, result: Path, given: Given) -> dict[s
     from eval.embedded import Extractors, embed
     from eval.features import extract
     from eval.generating import make
-    from eval.measuring import measure
+    from eval.measuring import Evidence, measure
     from eval.processes import gather, join, one_thread
 
     state, settings = join(), config.evaluation
@@ -79,7 +79,7 @@ def evaluate(config: RunConfig, run: Path, result: Path, given: Given) -> dict[s
     )
     metrics: dict[str, Any] | None = None
     if state.is_main_process:
-        metrics = measure(plan, made, given, embedded, extractors, seed=settings.seed)
+        metrics = measure(Evidence(plan, made, given, embedded, extractors), seed=settings.seed)
         metrics["title"] = run.absolute().name
         metrics["curves"]["checkpoints"] = of_checkpoints(run / "eval/steps")
         metrics["settings"] = _settings(config, finetuned, result, given)

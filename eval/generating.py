@@ -38,12 +38,12 @@ def make(
     for arm in arms:
         if not is_of_base(arm):
             made[arm] = generate_arm(finetuned, arms[arm], folder / arm, label=arm, **how)
-    for scale in plan.scales:
-        arm = f"scale-{scale:g}"
-        if rescale(finetuned, scale):
-            made[arm] = generate_arm(finetuned, plan.swept, folder / arm, label=arm, **how)
-        elif not given.notes or "scale" not in given.notes[-1]:
-            given.notes.append("What was trained is no LoRA, so there is no scale to sweep.")
+    if plan.scales and not rescale(finetuned, 1.0):
+        given.notes.append("What was trained is no LoRA, so there is no scale to sweep.")
+        return made, finetuned
+    for scale, arm in plan.sweep().items():
+        rescale(finetuned, scale)
+        made[arm] = generate_arm(finetuned, plan.swept, folder / arm, label=arm, **how)
     rescale(finetuned, 1.0)
     return made, finetuned
 

@@ -89,7 +89,7 @@ class LiveJudge:
         """In every process alike: nothing here may wait for the others."""
         from eval.embedded import Extractors, embed
         from eval.features import extract
-        from eval.measuring import quick_scores
+        from eval.measuring import Evidence, quick_scores
 
         # Loaded anew each time: between two evaluations the memory is training's.
         extractors = Extractors.load(self.config.evaluation, self.accelerator.device)
@@ -97,5 +97,5 @@ class LiveJudge:
         embedded = embed(
             self.plan, made, self.given, extractors, extract=partial(extract, cache=cache)
         )
-        found = quick_scores(self.plan, self.given, embedded)
+        found = quick_scores(Evidence(self.plan, made, self.given, embedded, extractors))
         return {name: found[name] for name in self.better if name in found}

@@ -43,6 +43,12 @@ class Given:
     """What could not be had, as sentences for the report."""
 
     @property
+    def is_of_captions(self) -> bool:
+        """Whether the held-out captions are the prompts, so that their pictures are what the
+        results should be like."""
+        return self.protocol is None and bool(self.held_out)
+
+    @property
     def name(self) -> str:
         return self.protocol.name if self.protocol else "held_out"
 

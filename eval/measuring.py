@@ -1,9 +1,10 @@
-"""From pictures to the content of metrics.json: embeds everything once, then scores it."""
+"""From pictures to the content of metrics.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,46 +22,179 @@ from eval.significance import hint
 if TYPE_CHECKING:
     from eval.inputs import Given
 
+Rows = dict[str, dict[str, np.ndarray]]
+"""What every picture (N,) has for itself, by score and by arm: raw cosines."""
+_LIKENESSES = {"dino": ("DINO", "dino"), "clip_i": ("CLIP-I", "clip")}  # title, and features
+_TITLES = {"clip_score": "CLIP score", "clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino": "DINO"}
 
-def measure(
-    plan: Plan, made: Made, given: Given, embedded: Embedded, extractors: Extractors, *, seed: int
-) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Evidence:
+    """The pictures that were made and what they are measured by."""
+
+    plan: Plan
+    made: Made
+    given: Given
+    embedded: Embedded
+    extractors: Extractors
+
+    @cached_property
+    def groups(self) -> list[int]:
+        """Which samples are of the same prompt."""
+        return label([task.prompt for task in self.plan.samples])
+
+    @property
+    def against(self) -> str:
+        """What a subject's likeness is measured from: the base that was told what it is one of."""
+        return "base_class" if "base_class" in self.made else "base"
+
+    @property
+    def space(self) -> str:
+        """The features that see most of a picture."""
+        return "dino" if "dino" in self.embedded.pictures else "clip"
+
+    def subject(self, space: str) -> np.ndarray:
+        """Features of the subject's real pictures: held-out ones, or else those trained on."""
+        held_out = self.embedded.real(space, "held_out")
+        return held_out if len(held_out) else self.embedded.real(space, "training")
+
+    def cosines(self, arms: Sequence[str]) -> Rows:
+        """Of each picture with its prompt and, of a subject, with what it should show."""
+        tasks = self.plan.samples
+        named = [arm for arm in arms if arm != "base_class"]  # which has prompts of its own
+        found = {"clip_score": self._with([task.prompt for task in tasks], named)}
+        if all(task.described for task in tasks):
+            found["clip_t"] = self._with([str(task.described) for task in tasks], arms)
+        return found
+
+    def _with(self, texts: Sequence[str], arms: Sequence[str]) -> dict[str, np.ndarray]:
+        rows = np.stack([self.embedded.texts[text] for text in texts])
+        clip = self.embedded.pictures["clip"]
+        return {arm: clip_score(clip[arm], rows) for arm in arms if arm in self.made}
+
+
+def measure(found: Evidence, *, seed: int) -> dict[str, Any]:
     """All of metrics.json but `title`, `settings` and the checkpoints' curve."""
-    groups = label([task.prompt for task in plan.samples])
-    against = "base_class" if "base_class" in made else "base"
-    cosines = _cosines(plan, made, embedded)
-    scores, rows = _scores_of_samples(plan, given, embedded, extractors, cosines, seed=seed)
-    copies = _copies(plan, made, given, embedded, groups, seed=seed)
-    scores |= _of_the_rest(plan, embedded, against)
+    plan, given = found.plan, found.given
+    rows, copies = found.cosines(MAIN), _copies(found, seed=seed)
+    scores = {**_likenesses(found, rows), **_distances(found, seed=seed), **_texts(found, rows)}
+    scores |= _lost(found)
     if copies is not None and copies.judged:
         scores["copies"] = _copies_score(copies)
     scores = _ordered(scores)
-    flagged = copies is not None and copies.flagged
-    keep, sentence = verdicts.judge(scores, copies=flagged)
-    distances = _forgotten(plan, embedded)
+    keep, sentence = verdicts.judge(scores, copies=copies is not None and copies.flagged)
     return {
         "format": FORMAT,
         "keep": keep,
         "verdict": sentence,
         "warnings": [
             *given.notes,
-            *verdicts.warnings(prompts=len(set(groups)), cut_prompts=embedded.cut),
+            *verdicts.warnings(prompts=len(set(found.groups)), cut_prompts=found.embedded.cut),
         ],
         "arms": {arm: ARMS[arm] for arm in ARMS if any(arm in s.values for s in scores.values())},
         "scores": {name: score.as_dict() for name, score in scores.items()},
-        "power": _power(cosines, rows, groups, against),
-        "samples": sample_rows.samples(plan, made, given, embedded, rows),
-        "general": [
-            sample_rows.shown(task, made, "general", k) | {"distance": distances[k]}
-            for k, task in enumerate(plan.general)
-        ],
-        "prior": [sample_rows.shown(task, made, "prior", k) for k, task in enumerate(plan.prior)],
+        "power": _power(found, rows),
+        "samples": sample_rows.samples(plan, found.made, given, found.embedded, rows),
+        "general": sample_rows.beside(plan.general, found.made, "general", _moved(found)),
+        "prior": sample_rows.beside(plan.prior, found.made, "prior"),
         "memorisation": sample_rows.described(copies, given),
-        "curves": {"checkpoints": [], "scales": _sweep(plan, made, embedded, given)},
-        "extractors": extractors.describe(),
+        "curves": {"checkpoints": [], "scales": _sweep(found)},
+        "extractors": found.extractors.describe(),
         "reference": sample_rows.about(given.held_out),
         "training": sample_rows.about(given.training),
     }
+
+
+def quick_scores(found: Evidence) -> dict[str, float]:
+    """The values alone, of the fine-tuned pictures alone, of what training can choose by."""
+    from eval.frechet import frechet_from_features
+    from eval.kernel_distances import cmmd, kid
+
+    cosines = found.cosines(["finetuned"])
+    values = {name: float(points(by_arm["finetuned"]).mean()) for name, by_arm in cosines.items()}
+    for name, (_, space) in _LIKENESSES.items():
+        if found.given.subject and space in found.embedded.pictures and len(found.subject(space)):
+            pictures = found.embedded.pictures[space]["finetuned"]
+            values[name] = float(subject_scores.likeness(pictures, found.subject(space)).mean())
+    if found.given.is_of_captions:
+        pictures = found.embedded.pictures["features"]["finetuned"]
+        reference = found.embedded.real("features", "held_out")
+        values["kid"] = kid(pictures, reference).value
+        values["cmmd"] = cmmd(pictures, reference).unbiased
+        values["fid"] = frechet_from_features(pictures, reference)
+    return values
+
+
+def _likenesses(found: Evidence, rows: Rows) -> dict[str, Score]:
+    """How alike the subject is; adds each picture's to `rows`."""
+    scores = {}
+    for name, (title, space) in _LIKENESSES.items():
+        if not found.given.subject or space not in found.embedded.pictures:
+            continue
+        if len(found.subject(space)):
+            scores[name], rows[name] = subject_scores.alike(
+                found.embedded.of(space, MAIN),
+                found.groups,
+                held_out=found.embedded.real(space, "held_out"),
+                training=found.embedded.real(space, "training"),
+                title=title,
+                against=found.against,
+            )
+    return scores
+
+
+def _distances(found: Evidence, *, seed: int) -> dict[str, Score]:
+    """From the held-out pictures, where their captions are what was prompted."""
+    if not found.given.is_of_captions:
+        return {}
+    captions = [record.captions[0] for record in found.given.held_out]
+    labels = label([*(task.prompt for task in found.plan.samples), *captions])
+    return distance_scores.scores(
+        found.embedded.real("features", "held_out"),
+        found.embedded.of("features", ("base", "finetuned")),
+        groups=labels[: len(found.groups)],
+        of_reference=labels[len(found.groups) :],
+        extractor=found.extractors.features.describe(),
+        classes=found.embedded.classes,
+        seed=seed,
+    )
+
+
+def _texts(found: Evidence, rows: Rows) -> dict[str, Score]:
+    scores = {"clip_score": prompt_scores.clip_score(rows["clip_score"], found.groups)}
+    if "clip_t" in rows:
+        scores["clip_t"] = prompt_scores.clip_t(rows["clip_t"], found.groups, against=found.against)
+    return scores
+
+
+def _lost(found: Evidence) -> dict[str, Score]:
+    """What training may have cost: variety, the class, everything else."""
+    scores: dict[str, Score] = {}
+    arms = found.embedded.of(found.space, MAIN)
+    spread = subject_scores.varied(arms, found.groups, against=found.against)
+    if spread is not None:
+        scores["diversity"] = spread
+    real, space = found.subject(found.space), found.embedded.pictures[found.space]
+    if found.plan.prior and len(real):
+        scores["prior_preservation"] = subject_scores.class_kept(
+            {arm: space[f"prior/{arm}"] for arm in ("base", "finetuned")},
+            label([task.prompt for task in found.plan.prior]),
+            real,
+        )
+    if found.plan.general:
+        scores["forgetting"], _ = _forgetting(found)
+    return scores
+
+
+def _forgetting(found: Evidence) -> tuple[Score, list[float]]:
+    space = found.embedded.pictures[found.space]
+    arms = (space[f"general/{arm}"] for arm in ("base", "finetuned", "other_seed"))
+    return subject_scores.forgotten(*arms)
+
+
+def _moved(found: Evidence) -> list[float]:
+    """How far each general picture did."""
+    return _forgetting(found)[1] if found.plan.general else []
 
 
 def _ordered(scores: Mapping[str, Score]) -> dict[str, Score]:
@@ -73,169 +207,31 @@ def _ordered(scores: Mapping[str, Score]) -> dict[str, Score]:
     return {name: scores[name] for name in names if name in scores}
 
 
-def _scores_of_samples(
-    plan: Plan,
-    given: Given,
-    embedded: Embedded,
-    extractors: Extractors,
-    cosines: Mapping[str, Mapping[str, np.ndarray]],
-    *,
-    seed: int = 0,
-) -> tuple[dict[str, Score], dict[str, Mapping[str, np.ndarray]]]:
-    """The scores of the samples, the leading one first; and those that each picture has, by arm."""
-    groups = label([task.prompt for task in plan.samples])
-    found: dict[str, Score] = {}
-    rows: dict[str, Mapping[str, np.ndarray]] = dict(cosines)
-    against = "base_class" if "base_class" in embedded.pictures["clip"] else "base"
-    for name, title in (("dino", "DINO"), ("clip_i", "CLIP-I")) if given.subject else ():
-        space = "dino" if name == "dino" else "clip"
-        real = (
-            [embedded.real(space, w) for w in ("held_out", "training")]
-            if (space in embedded.pictures)
-            else []
-        )
-        if not real or not any(map(len, real)):
-            continue
-        found[name], rows[name] = subject_scores.alike(
-            embedded.of(space, MAIN),
-            groups,
-            held_out=real[0],
-            training=real[1],
-            title=title,
-            against=against,
-        )
-    if given.protocol is None and given.held_out:
-        captions = [record.captions[0] for record in given.held_out]
-        labels = label([*(task.prompt for task in plan.samples), *captions])
-        found |= distance_scores.scores(
-            embedded.real("features", "held_out"),
-            embedded.of("features", ("base", "finetuned")),
-            groups=labels[: len(groups)],
-            of_reference=labels[len(groups) :],
-            extractor=extractors.features.describe(),
-            classes=embedded.classes,
-            seed=seed,
-        )
-    if "clip_t" in cosines:
-        found["clip_t"] = prompt_scores.clip_t(cosines["clip_t"], groups, against=against)
-    found["clip_score"] = prompt_scores.clip_score(cosines["clip_score"], groups)
-    return found, rows
-
-
-def quick_scores(plan: Plan, given: Given, embedded: Embedded) -> dict[str, float]:
-    """The values alone, of the fine-tuned pictures alone, of what training can choose by."""
-    from eval.frechet import frechet_from_features
-    from eval.kernel_distances import cmmd, kid
-
-    found: dict[str, float] = {}
-    texts: dict[str, list[str | None]] = {
-        "clip_score": [task.prompt for task in plan.samples],
-        "clip_t": [task.described for task in plan.samples],
-    }
-    for name, wanted in texts.items():
-        if all(wanted):
-            rows = np.stack([embedded.texts[str(text)] for text in wanted])
-            cosines = clip_score(embedded.pictures["clip"]["finetuned"], rows)
-            found[name] = float(points(cosines).mean())
-    for name, space in (("clip_i", "clip"), ("dino", "dino")) if given.subject else ():
-        if space in embedded.pictures:
-            real = _subject(embedded, space)
-            if len(real):
-                likeness = subject_scores.likeness(embedded.pictures[space]["finetuned"], real)
-                found[name] = float(likeness.mean())
-    if given.protocol is None and given.held_out:
-        pictures = embedded.pictures["features"]["finetuned"]
-        reference = embedded.real("features", "held_out")
-        found["kid"] = kid(pictures, reference).value
-        found["cmmd"] = cmmd(pictures, reference)[1]
-        found["fid"] = frechet_from_features(pictures, reference)
-    return found
-
-
-def _subject(embedded: Embedded, space: str) -> np.ndarray:
-    """The real pictures of the subject: held-out ones, or else those trained on; (0, d) without."""
-    held_out = embedded.real(space, "held_out")
-    return held_out if len(held_out) else embedded.real(space, "training")
-
-
-def _cosines(plan: Plan, made: Made, embedded: Embedded) -> dict[str, dict[str, np.ndarray]]:
-    """Of each picture with its prompt, and with what it should show, by arm."""
-
-    def of(arm: str, texts: Sequence[str | None]) -> np.ndarray:
-        rows = np.stack([embedded.texts[str(text)] for text in texts])
-        return clip_score(embedded.pictures["clip"][arm], rows)
-
-    prompts = [task.prompt for task in plan.samples]
-    found = {"clip_score": {arm: of(arm, prompts) for arm in ("base", "finetuned") if arm in made}}
-    described = [task.described for task in plan.samples]
-    if all(described):
-        found["clip_t"] = {arm: of(arm, described) for arm in MAIN if arm in made}
-    return found
-
-
-def _of_the_rest(plan: Plan, embedded: Embedded, against: str) -> dict[str, Score]:
-    """What does not follow from the samples alone."""
-    found: dict[str, Score] = {}
-    groups = label([task.prompt for task in plan.samples])
-    space = "dino" if "dino" in embedded.pictures else "clip"
-    spread = subject_scores.varied(embedded.of(space, MAIN), groups, against=against)
-    if spread is not None:
-        found["diversity"] = spread
-    real = _subject(embedded, space)
-    if plan.prior and len(real):
-        arms = {arm: embedded.pictures[space][f"prior/{arm}"] for arm in ("base", "finetuned")}
-        found["prior_preservation"] = subject_scores.class_kept(
-            arms, label([task.prompt for task in plan.prior]), real
-        )
-    if plan.general:
-        found["forgetting"], _ = _forgetting(embedded, space)
-    return found
-
-
-def _forgetting(embedded: Embedded, space: str) -> tuple[Score, list[float]]:
-    found = embedded.pictures[space]
-    return subject_scores.forgotten(
-        found["general/base"], found["general/finetuned"], found["general/other_seed"]
-    )
-
-
-def _forgotten(plan: Plan, embedded: Embedded) -> list[float]:
-    space = "dino" if "dino" in embedded.pictures else "clip"
-    return _forgetting(embedded, space)[1] if plan.general else []
-
-
-def _copies(
-    plan: Plan,
-    made: Made,
-    given: Given,
-    embedded: Embedded,
-    groups: Sequence[int],
-    *,
-    seed: int,
-) -> Memorisation | None:
+def _copies(found: Evidence, *, seed: int) -> Memorisation | None:
     """The most suspicious of how the results lie to the training pictures, by features and by
     pixels."""
+    given = found.given
     if not given.training:
         return None
-    held_out = bool(given.held_out)
+    which = ("finetuned", "training", "held_out")
     spaces = {
-        space: tuple(embedded.real(space, which) for which in ("finetuned", "training", "held_out"))
+        space: tuple(found.embedded.real(space, one) for one in which)
         for space in ("clip", "dino")
-        if space in embedded.pictures
+        if space in found.embedded.pictures
     }
-    real = Fitted(given.training, given.buckets), Fitted(given.held_out, given.buckets)
-    spaces["layout"] = layout(_read(made["finetuned"])), layout(real[0]), layout(real[1])
+    real = (Fitted(records, given.buckets) for records in (given.training, given.held_out))
+    spaces["layout"] = tuple(map(layout, (_read(found.made["finetuned"]), *real)))
     return most_suspicious(
         [
             memorisation(
-                found,
+                pictures,
                 training,
-                held_out=views if held_out else None,
-                groups=groups,
+                held_out=views if given.held_out else None,
+                groups=found.groups,
                 seed=seed,
                 space=space,
             )
-            for space, (found, training, views) in spaces.items()
+            for space, (pictures, training, views) in spaces.items()
         ]
     )
 
@@ -259,45 +255,34 @@ def _copies_score(copies: Memorisation) -> Score:
     )
 
 
-def _power(
-    cosines: Mapping[str, Mapping[str, np.ndarray]],
-    rows: Mapping[str, Mapping[str, np.ndarray]],
-    groups: Sequence[int],
-    against: str,
-) -> list[str]:
+def _power(found: Evidence, rows: Rows) -> list[str]:
     """What differences could be seen, per score that pictures have."""
-    titles = {"clip_score": "CLIP score", "clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino": "DINO"}
-    found = []
+    said = []
     for name, by_arm in rows.items():
-        before = by_arm.get(against, by_arm.get("base"))
-        if before is not None and "finetuned" in by_arm:
-            factor = 100 if name in cosines else 1  # as they are shown
-            found.append(f"{titles[name]}: {hint(factor * (by_arm['finetuned'] - before), groups)}")
-    return found
+        shown = 100 if name in ("clip_score", "clip_t") else 1
+        before = by_arm.get(found.against, by_arm["base"])
+        changes = shown * (by_arm["finetuned"] - before)
+        said.append(f"{_TITLES[name]}: {hint(changes, found.groups)}")
+    return said
 
 
-def _sweep(plan: Plan, made: Made, embedded: Embedded, given: Given) -> list[dict[str, Any]]:
+def _sweep(found: Evidence) -> list[dict[str, Any]]:
     """Scores and pictures of some prompts at each scale."""
-    tasks = plan.swept
-    real = _subject(embedded, "clip")
-    found = []
-    for scale in plan.scales:
-        arm = f"scale-{scale:g}"
-        pictures = embedded.pictures["clip"].get(arm)
-        if pictures is None:
+    tasks, clip = found.plan.swept, found.embedded.pictures["clip"]
+    texts = [found.embedded.texts[task.described or task.prompt] for task in tasks]
+    swept = []
+    for scale, arm in found.plan.sweep().items():
+        if arm not in clip:
             continue
-        texts = np.stack([embedded.texts[task.described or task.prompt] for task in tasks])
-        values = {"clip_t" if given.subject else "clip_score": 100 * clip_score(pictures, texts)}
-        if len(real) and given.subject:
-            values["clip_i"] = subject_scores.likeness(pictures, real)
-        found.append(
-            {
-                "scale": scale,
-                "scores": {
-                    name: asdict(prompt_scores.mean_of(each, None)) for name, each in values.items()
-                },
-                "pictures": [f"{arm}/{path.name}" for path in made[arm]],
-                "prompts": [task.prompt for task in tasks],
-            }
-        )
-    return found
+        values = {
+            "clip_t" if tasks[0].described else "clip_score": points(
+                clip_score(clip[arm], np.stack(texts))
+            )
+        }
+        if found.given.subject and len(found.subject("clip")):
+            values["clip_i"] = subject_scores.likeness(clip[arm], found.subject("clip"))
+        means = {name: asdict(prompt_scores.mean_of(each, None)) for name, each in values.items()}
+        pictures = [f"{arm}/{path.name}" for path in found.made[arm]]
+        prompts = [task.prompt for task in tasks]
+        swept.append({"scale": scale, "scores": means, "pictures": pictures, "prompts": prompts})
+    return swept

@@ -80,16 +80,21 @@ def nearest(features: np.ndarray, reference: np.ndarray) -> list[tuple[int, floa
     return [(index, float(similarity[row, index])) for row, index in enumerate(best)]
 
 
-def shown(task: Task, made: Made, folder: str, k: int) -> dict[str, Any]:
-    pictures = {
-        arm: f"{folder}/{arm}/{made[f'{folder}/{arm}'][k].name}" for arm in ("base", "finetuned")
-    }
-    return {
-        "prompt": task.prompt,
-        "seed": task.seed,
-        "size": list(task.size),
-        "pictures": pictures,
-    }
+def beside(
+    tasks: Sequence[Task], made: Made, folder: str, distances: Sequence[float] = ()
+) -> list[dict[str, Any]]:
+    """The pictures that base and fine-tuned model made of each task, and how far apart they are."""
+    arms = ("base", "finetuned")
+    return [
+        {
+            "prompt": task.prompt,
+            "seed": task.seed,
+            "size": list(task.size),
+            "pictures": {arm: f"{folder}/{arm}/{made[f'{folder}/{arm}'][k].name}" for arm in arms},
+            **({"distance": distances[k]} if len(distances) else {}),
+        }
+        for k, task in enumerate(tasks)
+    ]
 
 
 def about(records: Sequence[Record]) -> dict[str, Any] | None:

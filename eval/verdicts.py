@@ -83,6 +83,10 @@ def _moved(score: Score) -> str:
     if score.change is None:
         return number(after)
     before = after - score.change.value
+    real = score.values.get("real")
+    if real is not None and real.value > before:
+        way = (after - before) / (real.value - before)
+        return f"{number(before)} to {number(after)}, {way:.0%} of the way to real pictures"
     share = f", {signed(100 * score.change.value / before, '.1f')} %" if before > 0 else ""
     return f"{number(before)} to {number(after)}{share}"
 
