@@ -12,6 +12,7 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 
+from tests.kills import killed_and_resumed
 from tests.runs import arguments
 from tests.test_loop import Regression, Samples, logged
 from tests.test_pauses import HeldOut
@@ -223,10 +224,6 @@ def test_what_fails_in_one_process_is_raised_in_all(monkeypatch, mine):
 # Killed
 
 
-class Kill(BaseException):
-    pass
-
-
 POINTS = {
     "its file": (Examined, "write"),
     "the judge": (Brightness, "__call__"),
@@ -261,31 +258,15 @@ def straight(tmp_path_factory):
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(
     tmp_path, monkeypatch, straight, point, after
 ):
-    owner, name = POINTS[point]
-    whole, count = getattr(owner, name), 0
-    while True:
-        count, calls = count + 1, []
-
-        def killed(*arguments, calls=calls, at=count, **keywords):
-            calls.append(name)
-            if len(calls) == at and not after:
-                raise Kill
-            given = whole(*arguments, **keywords)
-            if len(calls) == at:
-                raise Kill
-            return given
-
-        output = tmp_path / str(count)
-        try:
-            with monkeypatch.context() as patch:
-                patch.setattr(owner, name, killed)
-                run(output, Brightness())
-        except Kill:
-            weight = run(output, Brightness()).model.weight.item()
-            assert (weight, left(output)) == straight
-        else:
-            break
-    assert count > 3
+    killed = killed_and_resumed(
+        monkeypatch,
+        *POINTS[point],
+        lambda output: run(output, Brightness()).model.weight.item(),
+        tmp_path,
+        after=after,
+    )
+    ends = [(weight, left(output)) for output, weight in killed]
+    assert len(ends) > 2 and all(end == straight for end in ends)
 
 
 # Going on

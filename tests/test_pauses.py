@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from tests.kills import killed_and_resumed
 from tests.test_loop import Regression, Samples, logged
 from train import loop, overfitting
 from train.checkpoint import Checkpoints, DamagedCheckpoint
@@ -89,10 +90,6 @@ def left(output):
 # Killed
 
 
-class Kill(BaseException):
-    pass
-
-
 POINTS = {
     "a validation's file": (Measured, "write"),
     "a line of metrics": (Trackers, "log"),
@@ -115,29 +112,15 @@ def straight(tmp_path_factory):
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(
     tmp_path, monkeypatch, straight, point, after
 ):
-    owner, name = POINTS[point]
-    whole, count = getattr(owner, name), 0
-    while True:
-        count, calls = count + 1, []
-
-        def killed(*arguments, calls=calls, at=count, **keywords):
-            calls.append(name)
-            if len(calls) == at and not after:
-                raise Kill
-            whole(*arguments, **keywords)
-            if len(calls) == at:
-                raise Kill
-
-        output = tmp_path / str(count)
-        try:
-            with monkeypatch.context() as patch:
-                patch.setattr(owner, name, killed)
-                run(output, method=Pictured())
-        except Kill:
-            assert (run(output, method=Pictured()), left(output)) == straight
-        else:
-            break
-    assert count > 3
+    killed = killed_and_resumed(
+        monkeypatch,
+        *POINTS[point],
+        lambda output: run(output, method=Pictured()),
+        tmp_path,
+        after=after,
+    )
+    ends = [(weight, left(output)) for output, weight in killed]
+    assert len(ends) > 2 and all(end == straight for end in ends)
 
 
 # The best
