@@ -51,6 +51,12 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
     _sync_folder(path.parent)
 
 
+def forget_unfinished(folder: Path) -> None:
+    """Removes what a killed `whole` left below the folder, where nobody is writing now."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """The whole file or none of it."""
     with whole(path) as file:

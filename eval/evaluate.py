@@ -17,9 +17,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.files import write_atomically
+from data.files import forget_unfinished, write_atomically
 from eval import inputs
 from eval.figures import settled
+from eval.outputs import writing_to
 from train.config import EvaluationConfig, RunConfig, command, fields
 
 if TYPE_CHECKING:
@@ -43,13 +44,14 @@ def main(arguments: list[str]) -> None:
     check_text_to_image(inspect(config.model), "this command")
     result = inputs.find_result(run)
     given = inputs.gather(config)
-    metrics = evaluate(config, run, result, given)
-    if metrics:
-        from train.report import write as write_run_report
+    with writing_to(run / "eval"):
+        metrics = evaluate(config, run, result, given)
+        if metrics:
+            from train.report import write as write_run_report
 
-        write(metrics, run / "eval", given)
-        write_run_report(run)
-        _print_summary(metrics, run / "eval" / "report.html")
+            write(metrics, run / "eval", given)
+            write_run_report(run)
+            _print_summary(metrics, run / "eval" / "report.html")
 
 
 def evaluate(config: RunConfig, run: Path, result: Path, given: Given) -> dict[str, Any] | None:
@@ -66,8 +68,13 @@ def evaluate(config: RunConfig, run: Path, result: Path, given: Given) -> dict[s
     share: dict[str, Any] = {"rank": state.process_index, "world": state.num_processes}
     plan = inputs.plan(config, given)
     base = _load_base(config, state.device)
+    if state.is_main_process:
+        # It must never stand beside pictures that it is not of.
+        (run / "eval" / "metrics.json").unlink(missing_ok=True)
     made, finetuned = make(base, result, plan, run / "eval", settings, given=given, **share)
     state.wait_for_everyone()
+    if state.is_main_process:
+        forget_unfinished(run / "eval")
     extractors = Extractors.load(settings, state.device)
     cache = config.data.cache / "features"
     embedded = embed(

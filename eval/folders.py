@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from train.config import EvaluationConfig, Section, UserError, load
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from eval.scores import Score
 
 STATISTICS = ".safetensors"
+TOY_CLIP = "data/assets/toy-clip"
+_TOY = (
+    "Measured by the toy CLIP, which has seen nothing but the toy world: for other pictures give "
+    "evaluation.features=, an Inception file or the folder or hub id of a CLIP or DINO."
+)
 
 
 class FoldersConfig(Section):
@@ -35,7 +40,17 @@ class FoldersConfig(Section):
     """A .safetensors file to keep the reference's statistics in."""
     cache: Path = Path("cache")
     """Folder of pictures' features."""
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig(clip=TOY_CLIP)
+    """What looks at the pictures, evaluation.features or evaluation.clip; default: the toy CLIP."""
+
+    @model_validator(mode="after")
+    def _nothing_to_save(self) -> Self:
+        if self.save_reference is not None and self.reference.suffix == STATISTICS:
+            raise ValueError(
+                f"save_reference={self.save_reference}: reference={self.reference} holds "
+                "statistics already; leave it out, or give a folder of pictures"
+            )
+        return self
 
     @field_validator("save_reference")
     @classmethod
@@ -57,23 +72,34 @@ def compare_folders(arguments: Sequence[str]) -> None:
     kept = config.reference.suffix == STATISTICS
     reference = [] if kept else pictures_in("reference", config.reference)
 
-    from eval import processes
+    from eval.outputs import writing_to
+
+    folder = config.output or config.images.absolute().parent / f"{config.images.name}-eval"
+    with writing_to(folder, "output"):
+        _measure(config, path, images, reference, folder)
+
+
+def _measure(
+    config: FoldersConfig, path: str, images: list[Path], reference: list[Path], folder: Path
+) -> None:
+    from eval import processes, reference_file
     from eval.features import extract, load_extractor
 
     processes.quieten()
     state = processes.join()
     processes.one_thread(state.device)
-    extractor = load_extractor(path, device=state.device, resize=settings.resize)
+    extractor = load_extractor(path, device=state.device, resize=config.evaluation.resize)
     how: dict[str, Any] = {
         "cache": config.cache / "features",
         "rank": state.process_index,
         "world": state.num_processes,
         "gather": processes.gather,
     }
+    kept = None if reference else reference_file.load(config.reference, extractor.describe())
     made = extract(extractor, images, **how)
-    real = extract(extractor, reference, **how) if reference else None
+    real = kept or extract(extractor, reference, **how)
     if state.is_main_process:
-        _finish(config, extractor, made, real, len(images))
+        _finish(config, extractor, made, real, folder)
     state.destroy_process_group()
 
 
@@ -95,36 +121,37 @@ def _finish(
     config: FoldersConfig,
     extractor: Extractor,
     made: np.ndarray,
-    real: np.ndarray | None,
-    count: int,
+    real: np.ndarray | Moments,
+    folder: Path,
 ) -> None:
     from data.files import write_atomically
-    from eval import reference_file
     from eval.figures import settled
     from eval.moments import Moments
     from eval.presentation import console, present
     from eval.tables import write_csv
 
-    if config.save_reference is not None and real is not None:
-        reference_file.save(
-            config.save_reference,
-            Moments.of(real),
-            extractor.describe(),
-            folder=config.reference.name,
-        )
-    scores = (
-        _scores(made, real, extractor)
-        if real is not None
-        else _of_statistics(made, reference_file.load(config.reference, extractor.describe()))
-    )
+    if isinstance(real, Moments):
+        scores = _of_statistics(made, real)
+    else:
+        scores = _scores(made, real, extractor)
+        if config.save_reference is not None:
+            _save(config.save_reference, real, extractor, config.reference)
     metrics = settled(_metrics(config, scores, extractor))
-    folder = config.output or config.images.absolute().parent / f"{config.images.name}-eval"
-    folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / "metrics.json", content.encode("utf-8"))
     write_csv(metrics, folder)
     present(metrics, folder, lambda kind, id: None)
-    print(f"\n{console(metrics)}\n\n{metrics['verdict']}\n\n{folder / 'report.html'}")
+    notes = "".join(f"\nnote: {text}" for text in metrics["warnings"])
+    print(f"\n{console(metrics)}\n\n{metrics['verdict']}{notes}\n\n{folder / 'report.html'}")
+
+
+def _save(path: Path, real: np.ndarray, extractor: Extractor, reference: Path) -> None:
+    from eval import reference_file
+    from eval.moments import Moments
+    from eval.outputs import writing_to
+
+    with writing_to(path.parent, "save_reference"):
+        reference_file.save(path, Moments.of(real), extractor.describe(), folder=reference.name)
 
 
 def _scores(made: np.ndarray, real: np.ndarray, extractor: Extractor) -> dict[str, Score]:
@@ -167,15 +194,18 @@ def _metrics(
     from eval.scores import FORMAT
 
     leading = next(iter(scores.values()))
-    value = leading.values["finetuned"]
+    found = leading.values["finetuned"]
+    said = f"{leading.title} {number(found.value)}"
+    if found.low is not None and found.high is not None:
+        said += f" ({number(found.low)} to {number(found.high)})"
+    unbiased = "; two sets of one kind have 0 on average" if leading.title != "FID" else ""
     return {
         "format": FORMAT,
         "kind": "folders",
         "title": f"{config.images.name} against {config.reference.name}",
         "keep": None,
-        "verdict": f"{leading.title} {number(value.value)} between {config.images.name} and "
-        f"{config.reference.name}.",
-        "warnings": [],
+        "verdict": f"{said} between {config.images.name} and {config.reference.name}{unbiased}.",
+        "warnings": [_TOY] if extractor.name == TOY_CLIP else [],
         "arms": {"finetuned": config.images.name},
         "scores": {name: score.as_dict() for name, score in scores.items()},
         "power": [],

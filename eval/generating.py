@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.arms import Plan, Task, is_of_base
 from train import adapter_file
-from train.config import EvaluationConfig
+from train.config import EvaluationConfig, UserError
 
 if TYPE_CHECKING:
     from eval.inputs import Given
@@ -58,10 +59,12 @@ def generate_arm(
     world: int,
     label: str,
 ) -> list[Path]:
-    """One arm's pictures, FOLDER/00000.png and so on."""
-    from eval.generation import generate
+    """One arm's pictures, FOLDER/00000.png and so on. Raises UserError for one that cannot be
+    made."""
+    from eval.generation import NotFinite, generate
 
-    return generate(
+    make = partial(
+        generate,
         pipeline,
         [task.prompt for task in tasks],
         seeds=[task.seed for task in tasks],
@@ -74,6 +77,13 @@ def generate_arm(
         world=world,
         label=label,
     )
+    try:
+        return make()
+    except NotFinite as error:
+        raise UserError(
+            f"{label}: {error.what}. What was trained has diverged, its scale is too large, or "
+            "train.mixed_precision=fp16 does not suit it; look at the run's previews and loss"
+        ) from None
 
 
 def apply(result: Path, pipeline: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +48,10 @@ class Given:
         """Whether the held-out captions are the prompts, so that their pictures are what the
         results should be like."""
         return self.protocol is None and bool(self.held_out)
+
+    @property
+    def likeness_to(self) -> str:
+        return "the style" if self.name == "style" else "the subject"
 
     @property
     def name(self) -> str:
@@ -201,6 +206,7 @@ def _names(config: RunConfig) -> tuple[str | None, str | None]:
     from eval import protocols
 
     settings = config.evaluation
+    _protocol(settings, None, None)  # what is wrong with it comes first
     if settings.protocol == "style":
         return _style_name(config), settings.noun
     if settings.protocol not in (None, "held_out"):
@@ -232,6 +238,7 @@ def _protocol(settings: EvaluationConfig, subject: str | None, noun: str | None)
 
 def _training(config: RunConfig, notes: list[str]) -> list[Record]:
     """What the run was trained on, or a note."""
+    from data.listing import few
     from train import pictures
 
     most, data = config.evaluation.training_images, config.data
@@ -242,12 +249,15 @@ def _training(config: RunConfig, notes: list[str]) -> list[Record]:
         return []
     quiet = data.model_copy(update={"on_bad_image": "report", "masks": False, "depth": False})
     try:
-        records = pictures.find(quiet).records
+        found = pictures.find(quiet)
     except UserError as error:
         notes.append(
             f"The training pictures cannot be read, so copies were not looked for: {error}"
         )
         return []
+    records = found.records
+    if bad := [f"{one.id} {one.reason}" for one in found.rejected]:
+        notes.append(f"Of the training pictures {few('cannot be read', bad)}.")
     count = min(most, len(records))
     if count < len(records):
         notes.append(f"Copies were looked for among {count} of {len(records)} training pictures.")
@@ -265,10 +275,11 @@ def _worded(record: Record, wording: Wording) -> Record:
 
 def _with_class(task: Task, given: Given) -> Task:
     """The class's word for the subject's, where the caption names the subject."""
-    if not given.subject or not given.noun or given.subject not in task.prompt:
+    if not given.subject or not given.noun:
         return task
-    text = task.prompt.replace(given.subject, given.noun)
-    return replace(task, class_prompt=text, described=text)
+    whole_words = rf"(?<!\w){re.escape(given.subject)}(?!\w)"
+    text, found = re.subn(whole_words, lambda _: str(given.noun), task.prompt, flags=re.IGNORECASE)
+    return replace(task, class_prompt=text, described=text) if found else task
 
 
 def _class_prompts(config: RunConfig) -> list[str]:

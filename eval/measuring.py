@@ -82,7 +82,7 @@ def measure(found: Evidence, *, seed: int) -> dict[str, Any]:
     if copies is not None and copies.judged:
         scores["copies"] = _copies_score(copies)
     scores = _ordered(scores)
-    keep, sentence = verdicts.judge(scores, copies=copies is not None and copies.flagged)
+    keep, sentence = verdicts.judge(scores, copies=_suspicion(copies), subject=given.likeness_to)
     return {
         "format": FORMAT,
         "keep": keep,
@@ -234,6 +234,10 @@ def _copies(found: Evidence, *, seed: int) -> Memorisation | None:
             for space, (pictures, training, views) in spaces.items()
         ]
     )
+
+
+def _suspicion(copies: Memorisation | None) -> verdicts.Copying:
+    return "yes" if copies is not None and copies.flagged else "no"
 
 
 def _read(paths: Sequence[Path]) -> list[np.ndarray]:

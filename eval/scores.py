@@ -50,7 +50,9 @@ class Change:
 
     @property
     def direction(self) -> int:
-        """1 or -1 where the interval lies on one side of 0, else 0."""
+        """1 or -1 where the interval lies on one side of 0 and the test agrees, else 0."""
+        if self.p is not None and self.p > 0.05:
+            return 0
         return int(self.low > 0) - int(self.high < 0)
 
 

@@ -9,36 +9,50 @@ from eval.figures import number, signed
 from eval.scores import Score
 
 Keep = Literal["keep", "unclear", "leave"]
+Copying = Literal["no", "maybe", "yes"]
 
 DISTANCES = ("fid", "kid", "cmmd")
 LIKENESSES = ("dino", "clip_i")
+TEXTS = ("clip_t", "clip_score")
 LOST = 0.1  # share of the text score whose loss weighs more than what was won
+FORGOTTEN = 0.8  # of what another seed changes, from where a model has forgotten
 
 
-def judge(scores: Mapping[str, Score], *, copies: bool) -> tuple[Keep, str]:
-    """Whether to keep it, and why, in one sentence; a change whose interval holds 0 is unclear.
+def judge(
+    scores: Mapping[str, Score], *, copies: Copying = "no", subject: str = "the subject"
+) -> tuple[Keep, str]:
+    """Whether to keep it, and why, in a sentence or two; what is not sure is called unclear.
 
-    copies: whether the results copy pictures trained on.
+    copies: whether the results copy pictures trained on. subject: what likeness is a likeness to.
+
+    Keep it where the leading score surely became better and nothing was surely lost: no tenth of
+    the text score, not the class, not everything else. Leave it where it copies, where the leading
+    score became worse, or where nothing was won and the text score surely lost.
     """
-    leading = next((name for name in scores if name in DISTANCES + LIKENESSES), None)
-    text = next((name for name in ("clip_t", "clip_score") if name in scores), None)
-    said = [_leading(scores[leading])] if leading else []
+    leading = _first(scores, DISTANCES + LIKENESSES)
+    text = _first(scores, TEXTS)
+    said = [_leading(leading, subject)] if leading else []
     if text:
-        agrees = not leading or _agree(scores[leading], scores[text])
-        said.append(_text(scores[text], agrees=agrees))
-    sentence = ", ".join(said) or "There is nothing to compare"
-    if copies:
-        sentence = f"It copies pictures it was trained on. {sentence}"
-    return _keep(scores.get(leading or ""), scores.get(text or ""), copies), sentence + "."
+        said.append(_text(text, agrees=leading is None or _agree(leading, text)))
+    costs = _costs(scores, subject)
+    sentence = ", ".join([*said, *costs]) or "There is nothing to compare"
+    warned = {"yes": "It copies pictures it was trained on. ", "maybe": _LOOK, "no": ""}[copies]
+    return _keep(leading, text, copies, lost=bool(costs)), f"{warned}{sentence}."
 
 
-def _keep(leading: Score | None, text: Score | None, copies: bool) -> Keep:
+_LOOK = "It may copy pictures it was trained on: look at the nearest ones. "
+
+
+def _first(scores: Mapping[str, Score], names: tuple[str, ...]) -> Score | None:
+    return next((score for name, score in scores.items() if name in names), None)
+
+
+def _keep(leading: Score | None, text: Score | None, copies: Copying, *, lost: bool) -> Keep:
     won = leading.improved if leading else (text.improved if text else 0)
-    if copies or won < 0:
+    fallen = leading is not None and text is not None and _loss(text) > LOST
+    if copies == "yes" or won < 0 or (won == 0 and fallen):
         return "leave"
-    if won == 0 or (leading and text and _loss(text) > LOST):
-        return "unclear"
-    return "keep"
+    return "unclear" if won == 0 or fallen or lost or copies == "maybe" else "keep"
 
 
 def _loss(text: Score) -> float:
@@ -49,12 +63,26 @@ def _loss(text: Score) -> float:
     return -text.change.value / before if before > 0 else 0.0
 
 
-def _leading(score: Score) -> str:
+def _costs(scores: Mapping[str, Score], subject: str) -> list[str]:
+    """What was surely lost beside the text."""
+    found = []
+    if "prior_preservation" in scores and scores["prior_preservation"].improved < 0:
+        found.append(f"but its class has become more like {subject}")
+    if "forgetting" in scores:
+        value = scores["forgetting"].values["finetuned"]
+        if value.low is not None and value.low > FORGOTTEN:
+            found.append(
+                "but unrelated pictures changed about as much as another seed changes them"
+            )
+    return found
+
+
+def _leading(score: Score, subject: str) -> str:
     if score.title in ("DINO", "CLIP-I"):
         moved = {
-            1: "Fine-tuning made the pictures more like the subject",
-            0: "Fine-tuning did not clearly make the pictures more like the subject",
-            -1: "Fine-tuning made the pictures less like the subject",
+            1: f"Fine-tuning made the pictures more like {subject}",
+            0: f"Fine-tuning did not clearly make the pictures more like {subject}",
+            -1: f"Fine-tuning made the pictures less like {subject}",
         }[score.improved]
     else:
         moved = {
@@ -68,10 +96,20 @@ def _leading(score: Score) -> str:
 def _text(score: Score, *, agrees: bool) -> str:
     follow = {
         -1: "they follow the prompts less well",
-        0: "they follow the prompts about as well as before",
+        0: "they follow the prompts about as well as before"
+        if _is_small(score)
+        else "whether they follow the prompts as well is not clear",
         1: "they follow the prompts better",
     }[score.improved]
     return f"{'and' if agrees else 'but'} {follow} ({score.title} {_moved(score)})"
+
+
+def _is_small(score: Score) -> bool:
+    """Whether the change is surely less than what would weigh."""
+    if score.change is None:
+        return False
+    limit = LOST * abs(score.values["finetuned"].value - score.change.value)
+    return -limit <= score.change.low and score.change.high <= limit
 
 
 def _agree(leading: Score, text: Score) -> bool:
@@ -83,19 +121,27 @@ def _moved(score: Score) -> str:
     if score.change is None:
         return number(after)
     before = after - score.change.value
+    return f"{number(before)} to {number(after)}{_share(score, before, after)}"
+
+
+def _share(score: Score, before: float, after: float) -> str:
     real = score.values.get("real")
-    if real is not None and real.value > before:
+    if real is not None:  # a ceiling says more than a percentage of a cosine
+        if score.improved <= 0 or real.value <= before:
+            return ""
         way = (after - before) / (real.value - before)
-        return f"{number(before)} to {number(after)}, {way:.0%} of the way to real pictures"
-    share = f", {signed(100 * score.change.value / before, '.1f')} %" if before > 0 else ""
-    return f"{number(before)} to {number(after)}{share}"
+        return (
+            ", as like as real pictures" if way > 0.99 else f", {way:.0%} of the way to real ones"
+        )
+    return f", {signed(100 * (after - before) / before, '.1f')} %" if before > 0 else ""
 
 
 def warnings(*, prompts: int, cut_prompts: int) -> list[str]:
     """What a reader of all the numbers must know, as sentences."""
     found = []
     if 0 < prompts < 10:
-        found.append(f"There are only {prompts} different prompts: the intervals are rough.")
+        there = "is only 1 prompt" if prompts == 1 else f"are only {prompts} different prompts"
+        found.append(f"There {there}: the intervals are rough.")
     if cut_prompts:
         found.append(f"{cut_prompts} prompts are longer than CLIP reads: their end is not scored.")
     return found

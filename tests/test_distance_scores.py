@@ -53,18 +53,18 @@ def test_with_fewer_pictures_than_dimensions_the_unbiased_distances_lead():
 
 
 def test_verdicts_say_what_the_numbers_do():
-    keep, said = judge(_world(shift=0.0, follow=1.0)[0], copies=False)
+    keep, said = judge(_world(shift=0.0, follow=1.0)[0], copies="no")
     assert keep == "keep" and said.startswith("Fine-tuning brought the pictures closer")
-    keep, said = judge(_world(shift=0.0, follow=0.2)[0], copies=False)
+    keep, said = judge(_world(shift=0.0, follow=0.2)[0], copies="no")
     assert keep == "unclear" and "but they follow the prompts less well" in said
-    keep, said = judge(_world(shift=3.0, follow=1.0)[0], copies=False)
+    keep, said = judge(_world(shift=3.0, follow=1.0)[0], copies="no")
     assert keep == "unclear" and "did not clearly change" in said
-    keep, said = judge(_world(shift=6.0, follow=0.0)[0], copies=False)
+    keep, said = judge(_world(shift=6.0, follow=0.0)[0], copies="no")
     assert keep == "leave" and "and they follow the prompts less well" in said
 
 
 def test_a_copying_model_is_not_to_be_kept_however_close_it_is():
-    keep, said = judge(_world(shift=0.0, follow=1.0)[0], copies=True)
+    keep, said = judge(_world(shift=0.0, follow=1.0)[0], copies="yes")
     assert keep == "leave" and said.startswith("It copies")
 
 

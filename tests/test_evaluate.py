@@ -13,6 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from eval import evaluate as entry
+from eval import generation, inputs
 from eval.features import read_rgb
 from tests.tiny import tiny_clip, tiny_pipeline
 from train.config import UserError
@@ -163,7 +164,12 @@ def test_whole_fine_tuned_pipelines_are_evaluated_too(world, run):
         (["run={run}/gone"], "no config.yaml"),
         (["run={run}", "evaluation.path=null"], "evaluation.path is not set"),
         (["run={run}", "evaluation.path={run}/none"], "none"),
-        (["run={run}", "evaluation.clip=./nowhere"], "no CLIP folder at ./nowhere"),
+        (["run={run}", "evaluation.clip=./nowhere"], "./nowhere"),
+        (["run={run}", "evaluation.seed=-1"], "evaluation.seed"),
+        (["run={run}", "evaluation.general=[a, a]"], "'a' twice"),
+        (["run={run}", "evaluation.protocol=objcts"], "did you mean objects"),
+        (["run={run}", "evaluation.protocol=objects"], "evaluation.subject="),
+        (["run={run}", "evaluation.protocol=style"], "evaluation.subject="),
         (["run={run}", "model.path=./nowhere"], "model.path=./nowhere"),
     ],
 )
@@ -171,6 +177,43 @@ def test_a_mistake_is_named(run, arguments, message):
     with pytest.raises(UserError, match=message):
         entry.main([argument.format(run=run) for argument in arguments])
     assert not (run / "eval").exists()
+
+
+def test_class_words_take_the_place_of_whole_words_only(run):
+    config = inputs.read_run(run, ["evaluation.subject=red", "evaluation.noun=blue"])
+    given = inputs.gather(config)
+    texts = {t.prompt: t.class_prompt for t in inputs.plan(config, given).samples}
+    assert texts["a red cat"] == "a blue cat" and texts["a dog"] is None
+    config = inputs.read_run(run, ["evaluation.subject=ca", "evaluation.noun=x"])
+    assert {t.class_prompt for t in inputs.plan(config, given).samples if "cat" in t.prompt}
+
+
+def test_pictures_during_training_are_not_those_of_the_evaluation(run):
+    config = inputs.read_run(run, [])
+    given = inputs.gather(config)
+    quick, whole = inputs.plan(config, given, images=4), inputs.plan(config, given)
+    assert {t.seed for t in quick.samples}.isdisjoint(t.seed for t in whole.samples)
+    assert len(quick.samples) == 4 and not (quick.prior or quick.general or quick.scales)
+
+
+def test_a_picture_that_cannot_be_made_is_named_and_old_numbers_do_not_stay(run, monkeypatch):
+    entry.main([f"run={run}", "evaluation.images=2"])
+    monkeypatch.setattr(generation, "_sample", _not_finite)
+    with pytest.raises(UserError, match="finetuned: the picture of .* came out not finite"):
+        entry.main([f"run={run}", "evaluation.images=2", "evaluation.steps=3"])
+    assert not (run / "eval" / "metrics.json").exists()
+
+
+def _not_finite(pipeline, batch):
+    if hasattr(pipeline.unet, "peft_config"):
+        raise generation.NotFinite(batch[0]["prompt"], batch[0]["seed"])
+    return np.zeros((len(batch), batch[0]["size"][1], batch[0]["size"][0], 3), np.uint8)
+
+
+def test_an_output_that_cannot_be_written_is_named(run):
+    (run / "eval").write_text("not a folder")
+    with pytest.raises(UserError, match="eval cannot be used"):
+        entry.main([f"run={run}"])
 
 
 def test_a_run_without_a_result_is_refused(run):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from train.parsing import Section
 
@@ -49,7 +49,7 @@ class EvaluationConfig(Section):
     """Classifier-free guidance scale."""
     batch_size: int = Field(8, ge=1)
     """Pictures generated at once, per process."""
-    seed: int = 1_000_000
+    seed: int = Field(1_000_000, ge=0, le=2**62)
     """Picture k uses seed + k, for the base and the fine-tuned model alike."""
     every: int = Field(0, ge=0)
     """Optimizer steps between evaluations during training; 0 for none."""
@@ -58,3 +58,13 @@ class EvaluationConfig(Section):
     there are more, 0 for none."""
     quick_images: int = Field(64, ge=2)
     """Pictures of each evaluation during training."""
+
+    @field_validator("general")
+    @classmethod
+    def _said_once(cls, prompts: list[str]) -> list[str]:
+        for prompt in prompts:
+            if not prompt.strip():
+                raise ValueError("evaluation.general holds an empty prompt; remove it")
+            if prompts.count(prompt) > 1:
+                raise ValueError(f"evaluation.general holds {prompt!r} twice; remove one")
+        return prompts
