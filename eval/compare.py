@@ -12,12 +12,14 @@ the pictures without knowing whose they are; votes= counts what they saved.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from train.config import Section, command, load
+from train.config import Section, UserError, command, load
 
 
 class CompareConfig(Section):
@@ -68,12 +70,12 @@ class CompareConfig(Section):
 
 def main(arguments: list[str]) -> None:
     config = load(CompareConfig, arguments)
-    from eval import comparing
+    from eval import comparing, evaluated_runs
 
     if config.steps:
-        sides = comparing.read_steps(config.runs[0], config.steps)
+        sides = evaluated_runs.read_steps(config.runs[0], config.steps)
     else:
-        sides = comparing.read_runs(config.runs)
+        sides = evaluated_runs.read_runs(config.runs)
     comparing.check(sides)
     if config.rating and not config.votes:
         _write_page(config, config.rating, sides)
@@ -88,22 +90,35 @@ def main(arguments: list[str]) -> None:
         comparing.notes(sides),
         _judged(config, config.rating, sides) if config.rating else {},
     )
-    page = write(found, config.output or _beside(config))
+    folder = config.output or _beside(config)
+    with _writing(f"output={folder}"):
+        page = write(found, folder)
     print(f"{console(found)}\n\n{page}")
 
 
 def _write_page(config: CompareConfig, file: Path, sides: list[Any]) -> None:
     from eval import rating_page
 
-    key = rating_page.write(
-        file,
-        sides,
-        kind=config.rating_kind,
-        count=config.rating_count,
-        question=config.question,
-        seed=config.seed,
-    )
+    with _writing(f"rating={file}"):
+        key = rating_page.write(
+            file,
+            sides,
+            kind=config.rating_kind,
+            count=config.rating_count,
+            question=config.question,
+            seed=config.seed,
+        )
     print(f"{file}\nwhose pictures are whose (not for those who vote): {key}")
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{what} cannot be written ({error.strerror or error}); name another place"
+        ) from None
 
 
 def _judged(config: CompareConfig, file: Path, sides: list[Any]) -> dict[str, Any]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from eval.clip_score import points
-from eval.scores import FORMAT
+from eval.evaluated_runs import ARM, Side
 from eval.significance import Paired, hint, holm, paired
 from train.config import UserError
 
-ARM = "finetuned"
 FORGETTING = "forgetting"
 CLEAR = 0.05  # of p, of all tests together
 # What must be equal for two pictures of one prompt and seed to differ by the model alone. The
@@ -23,28 +20,6 @@ CLEAR = 0.05  # of p, of all tests together
 _ALIKE = ("protocol", "noun", "steps", "guidance", "seed", "resize", "scheduler", "dtype")
 _IN_POINTS = ("clip_score", "clip_t")  # shown in points, stored as cosines like all others
 _TITLES = {"clip_score": "CLIP score", "clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino": "DINO"}
-
-Key = tuple[str, int, int, int]  # prompt, seed, width, height
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of what is compared: a run, or a checkpoint of it."""
-
-    name: str
-    file: Path
-    """The metrics.json, or eval/steps/step-N.json."""
-    metrics: Mapping[str, Any]
-
-    def samples(self, kind: str = "samples") -> dict[Key, Mapping[str, Any]]:
-        """By prompt, in which the subject is called `{}`, seed and size."""
-        subject = self.metrics.get("settings", {}).get("subject")
-        return {_key(sample, subject): sample for sample in self.metrics.get(kind) or []}
-
-    def picture(self, sample: Mapping[str, Any]) -> Path | None:
-        """The fine-tuned model's picture; None where it is gone."""
-        path = self.file.parent / sample["pictures"][ARM]
-        return path if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -74,32 +49,6 @@ class Test:
         if not self.clear or self.better is None:
             return 0
         return (1 if self.change.difference > 0 else -1) * (1 if self.better == "more" else -1)
-
-
-def read_runs(runs: Sequence[Path]) -> list[Side]:
-    """The evaluations of runs, each called by its folder; by its path where two are alike."""
-    names = [run.absolute().name for run in runs]
-    several = len(set(names)) < len(names)
-    return [
-        Side(str(run) if several else name, run / "eval/metrics.json", _read_metrics(run))
-        for run, name in zip(runs, names, strict=True)
-    ]
-
-
-def read_steps(run: Path, steps: Sequence[int]) -> list[Side]:
-    """What was evaluated during training. Where a step has its numbers alone, its pictures are
-    paired by their names, which are those of the same prompt and seed at each step."""
-    folder = run / "eval/steps"
-    known = sorted(int(file.stem.removeprefix("step-")) for file in folder.glob("step-*.json"))
-    for step in steps:
-        if step not in known:
-            there = f"; there are {', '.join(map(str, known))}" if known else ", nor any other"
-            raise UserError(f"steps: {run} was not evaluated at step {step}{there}")
-    files = [folder / f"step-{step:08d}.json" for step in steps]
-    return [
-        Side(f"step {step}", file, {"samples": _named(file.with_suffix("")), **_read(file)})
-        for step, file in zip(steps, files, strict=True)
-    ]
 
 
 def check(sides: Sequence[Side]) -> None:
@@ -155,61 +104,10 @@ def about(sides: Sequence[Side], name: str) -> Mapping[str, Any]:
     return {"title": _TITLES.get(name, name.replace("_", " ")), "better": None, **known}
 
 
-def matched(sides: Sequence[Side]) -> list[list[Mapping[str, Any]]]:
-    """For each prompt and seed that all have: the sample of each side."""
-    samples = [side.samples() for side in sides]
-    return [[of[key] for of in samples] for key in samples[0] if all(key in of for of in samples)]
-
-
 def value(name: str, sample: Mapping[str, Any]) -> float:
     """A sample's score in the unit it is shown in."""
     raw = sample["distance"] if name == FORGETTING else sample["scores"][name][ARM]
     return float(points(np.array(raw))) if name in _IN_POINTS else float(raw)
-
-
-def _read_metrics(run: Path) -> dict[str, Any]:
-    file = run / "eval/metrics.json"
-    if not file.is_file():
-        raise UserError(f"runs: {run} has no eval/metrics.json; run eval/evaluate.py run={run}")
-    metrics = _read(file)
-    if metrics.get("format") != FORMAT:
-        raise UserError(
-            f"{file} is of format {metrics.get('format', 1)}, not {FORMAT}; evaluate it again: "
-            f"eval/evaluate.py run={run}"
-        )
-    if not metrics.get("samples") or metrics.get("kind") == "folders":
-        raise UserError(f"{file} holds no prompts to pair; compare evaluated runs")
-    return metrics
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); evaluate again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} does not hold an evaluation; evaluate again")
-    return content
-
-
-def _named(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": f"picture {int(file.stem)}",
-            "seed": int(file.stem),
-            "size": [0, 0],
-            "pictures": {ARM: f"{folder.name}/{file.name}"},
-            "scores": {},
-        }
-        for file in sorted(folder.glob("*.png"))
-        if file.stem.isdigit()
-    ]
-
-
-def _key(sample: Mapping[str, Any], subject: str | None) -> Key:
-    prompt = sample["prompt"]
-    width, height = sample["size"]
-    return (prompt.replace(subject, "{}") if subject else prompt, sample["seed"], width, height)
 
 
 def _differences(first: Side, second: Side) -> Iterator[tuple[str, object, object]]:
@@ -217,6 +115,10 @@ def _differences(first: Side, second: Side) -> Iterator[tuple[str, object, objec
     ours, theirs = first.metrics, second.metrics
     for use in ours.get("extractors", {}).keys() & theirs.get("extractors", {}).keys():
         yield from _unlike(f"the extractor of {use}, its", ours, theirs, "extractors", use)
+    one, other = ("given" if each.get("reference") else "missing" for each in (ours, theirs))
+    if one != other:
+        # Likeness is to these pictures, or else to those trained on.
+        yield "evaluation.path, the held-out pictures,", one, other
     if ours.get("reference") and theirs.get("reference"):
         yield from _unlike("of the held-out pictures, the", ours, theirs, "reference")
     settings = [metrics.get("settings", {}) for metrics in (ours, theirs)]

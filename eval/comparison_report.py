@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from data.files import write_atomically
-from eval.comparing import FORGETTING, Side, Test, about, matched, value
+from eval.comparing import FORGETTING, Test, about, value
+from eval.evaluated_runs import ARM, Side, matched
 from eval.figures import number, signed
 from eval.report import (
     Comparison,
@@ -83,11 +84,12 @@ def table(tests: Sequence[Test]) -> Table:
                 (signed(test.change.difference), _ends(vars(test.change), signed)),
                 (probability(test.p), _alone(test)),
                 (signed(test.change.effect) if test.change.effect is not None else "", ""),
+                (str(test.change.groups), f"{test.pictures} pictures"),
             ],
         )
         for test in tests
     ]
-    return Table([first, second, "difference", "p", "effect"], rows)
+    return Table([first, second, "difference", "p", "effect", "prompts"], rows)
 
 
 def table_unpaired(found: Comparisons) -> Table:
@@ -176,6 +178,7 @@ def _pictures(found: Comparisons, second: Side) -> Iterator[Section]:
         )
         return
     test = tests[0]
+    pairs = [pair for pair in pairs if all(ARM in each["scores"][test.score] for each in pair)]
     less = -1 if test.better == "less" else 1
     gains = np.array([value(test.score, two) - value(test.score, one) for one, two in pairs])
     order = np.argsort(-less * gains, kind="stable")
@@ -210,12 +213,11 @@ def _comparison(
 
 def _method(found: Comparisons) -> Iterator[tuple[str, str]]:
     if found.tests:
-        groups, pictures = found.tests[0].change.groups, found.tests[0].pictures
         yield (
             "Pairing",
-            f"{pictures} pictures of {groups} prompts, the same prompts, seeds and sizes on every "
-            "side; each prompt counts once, by the mean of its pictures. Differences are from "
-            f"{found.sides[0].name}.",
+            "The same prompts, seeds and sizes on every side; each prompt counts once, by the mean "
+            "of its pictures. The table says how many prompts and pictures have each score. "
+            f"Differences are from {found.sides[0].name}.",
         )
         yield (
             "p",
@@ -240,7 +242,10 @@ def _sentence(tests: Sequence[Test], first: str, second: str) -> str:
     if not clear:
         lead = tests[0]
         return f"No score differs clearly between {first} and {second}. {lead.title}: {lead.hint}"
-    said = [f"{_worded(test)} ({test.title} {_moved(test)})" for test in clear]
+    by_words: dict[str, list[str]] = {}
+    for test in clear:
+        by_words.setdefault(_worded(test), []).append(f"{test.title} {_moved(test)}")
+    said = [f"{words} ({'; '.join(moved)})" for words, moved in by_words.items()]
     rest = "; nothing else differs clearly" if len(clear) < len(tests) else ""
     return f"{second} {' and '.join(said)}{rest}."
 
@@ -277,4 +282,10 @@ def _ends(of: Mapping[str, Any], write: Any) -> str:
 
 
 def _as_dict(test: Test) -> dict[str, Any]:
-    return {**vars(test), "change": test.change.as_dict(), "means": list(test.means)}
+    return {
+        **vars(test),
+        "change": test.change.as_dict(),
+        "means": list(test.means),
+        "prompts": test.change.groups,
+        "clear": test.clear,
+    }

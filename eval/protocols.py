@@ -27,8 +27,10 @@ _PRIOR = ("a {}", "a photo of a {}")
 
 
 _ARTICLES = ("a", "an", "the")
-_LEADS = ("photo of", "photograph of", "picture of", "image of")
-_PREPOSITIONS = ("in", "on", "at", "with", "of", "by", "under", "over", "near", "wearing")
+_MEDIA = {"photo", "photograph", "picture", "image", "painting", "drawing", "sketch", "portrait"}
+_MEDIA |= {"illustration", "rendering", "rendition", "shot", "snapshot", "view"}
+_PREPOSITIONS = {"in", "on", "at", "with", "by", "under", "over", "near", "against", "wearing"}
+_PREPOSITIONS |= {"sitting", "standing", "lying"}
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,11 @@ def names_of(config: RunConfig) -> tuple[str, str]:
     A style is one of nothing: with protocol=style the noun may be "". Raises UserError for what
     neither tells.
     """
-    subject, noun = _inferred(config)
+    said, of_class = _inferred(config)
     settings = config.evaluation
-    subject, noun = settings.subject or subject, settings.noun or noun
+    noun = settings.noun or of_class
+    # Without a word of its own it is the class that the caption names.
+    subject = settings.subject or (said if _own(said, noun) else None)
     if settings.protocol == "style":
         noun = noun or ""
     if not subject or noun is None:
@@ -173,7 +177,8 @@ def _inferred(config: RunConfig) -> tuple[str | None, str | None]:
         return first.token, first.initial
     if isinstance(config, DreamBoothRun):
         source, (class_prompt, _) = config.data.named_sources()[0], config.classes()[0]
-        return _thing(_said(source)), _thing(class_prompt)
+        said, of_class = _parted(_words(_said(source)), _words(class_prompt))
+        return " ".join(said) or None, " ".join(of_class) or None
     return None, None
 
 
@@ -182,18 +187,40 @@ def _said(source: SourceConfig) -> str | None:
     return (source.captions or CaptionConfig()).replace or source.caption
 
 
-def _thing(text: str | None) -> str | None:
-    """The words between "a photo of a" and "in a bucket"; wildcards tell nothing."""
+def _words(text: str | None) -> list[str]:
+    """The words that follow "a photo of", without articles; wildcards tell nothing."""
     if not text or "{" in text:
-        return None
-    words = _without_article(text.rstrip(".").split())
-    for lead in map(str.split, _LEADS):
-        if [word.lower() for word in words[: len(lead)]] == lead:
-            words = _without_article(words[len(lead) :])
-    ends = [i for i, word in enumerate(words) if i and word.lower().strip(",") in _PREPOSITIONS]
-    kept = words[: ends[0]] if ends else words
-    return " ".join(kept).strip(",") or None
+        return []
+    words = [word for word in text.rstrip(". ").split() if word.lower() not in _ARTICLES]
+    for k, (word, after) in enumerate(zip(words, words[1:], strict=False)):
+        if word.endswith(",") or word.lower() in _PREPOSITIONS:
+            break
+        if word.lower() in _MEDIA and after.lower() == "of":
+            return words[k + 2 :]
+    return words
 
 
-def _without_article(words: list[str]) -> list[str]:
-    return words[1:] if words and words[0].lower() in _ARTICLES else words
+def _parted(said: list[str], of_class: list[str]) -> tuple[list[str], list[str]]:
+    """What names the subject and what its class, of caption and class prompt: without the words up
+    to a preposition that both begin with, and without where it is."""
+    front = 0
+    for k, (one, other) in enumerate(zip(said, of_class, strict=False), 1):
+        if one.lower() != other.lower():
+            break
+        if one.lower() in _PREPOSITIONS | {"of"}:
+            front = k
+    return _phrase(said[front:]), _phrase(of_class[front:])
+
+
+def _phrase(words: list[str]) -> list[str]:
+    """Up to a comma or a preposition."""
+    for k, word in enumerate(words):
+        if word.endswith(","):
+            return [*words[:k], word.strip(",")]
+        if k and word.lower() in _PREPOSITIONS:
+            return words[:k]
+    return words
+
+
+def _own(subject: str | None, noun: str | None) -> bool:
+    return bool(set((subject or "").lower().split()) - set((noun or "").lower().split()))

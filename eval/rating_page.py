@@ -14,11 +14,13 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
 
 from data.counter import generator
 from data.files import write_atomically
-from eval.comparing import Side, matched
+from eval.evaluated_runs import Shape, Side, matched, parsed
 from eval.rating_assets import PAGE, SCRIPT, STYLE
 from train.config import UserError
 
@@ -28,6 +30,31 @@ QUESTIONS = {
     "pair": "Which picture shows this better?",
     "score": "How well does the picture show this? 1 is not at all, 5 is perfectly.",
 }
+
+
+class _Item(Shape):
+    prompt: str
+    seed: int
+    sides: list[int]
+    sha256: list[str]
+
+
+class _Key(Shape):
+    page: str
+    kind: Kind
+    names: list[str]
+    items: list[_Item]
+
+    @model_validator(mode="after")
+    def _sides_are_there(self) -> Self:
+        shown = 2 if self.kind == "pair" else 1
+        if shown == 2 and len(self.names) != 2:
+            raise ValueError(f"pairs are of two, not of {self.names}")
+        for place, item in enumerate(self.items):
+            known = sorted(set(item.sides) & set(range(len(self.names))))
+            if known != sorted(item.sides) or not len(item.sides) == len(item.sha256) == shown:
+                raise ValueError(f"item {place} has no {shown} of the pictures of {self.names}")
+        return self
 
 
 def write(
@@ -155,10 +182,11 @@ def _hash(file: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        key = json.loads(path.read_text(encoding="utf-8"))
-        return dict(key)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is no key of a rating page ({error})") from None
+        return parsed(path, _Key)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is no key of a rating page ({error}); make a new page, rating=OTHER.html"
+        ) from None
 
 
 def _page(payload: Mapping[str, Any]) -> str:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
+from eval.evaluated_runs import Shape, parsed
 from eval.figures import number, signed
 from eval.rating_page import FORMAT
 from eval.significance import Interval, holm, interval, paired, probability, share, sign_test
 from train.config import UserError
 
 _CHOICES = {"pair": ("left", "right", "equal"), "score": (1, 2, 3, 4, 5)}
+
+
+class _Vote(Shape):
+    item: int
+    vote: str | int
+
+
+class _Saved(Shape):
+    """What the page's script saves."""
+
+    format: int
+    page: str
+    kind: Literal["pair", "score"]
+    rater: str = Field(max_length=60)
+    votes: list[_Vote]
 
 
 @dataclass(frozen=True)
@@ -188,19 +204,30 @@ def _by_item(key: Mapping[str, Any], ballot: Ballot) -> dict[int, float]:
 
 def _ballot(file: Path, key: Mapping[str, Any]) -> Ballot:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        page, kind, rater = (content[name] for name in ("page", "kind", "rater"))
-        votes = {int(vote["item"]): vote["vote"] for vote in content["votes"]}
+        content = parsed(file, _Saved)
     except OSError as error:
         raise UserError(f"votes: {file}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"votes: {file} is not what a rating page saves ({error!r})") from None
-    if content.get("format") != FORMAT or page != key["page"] or kind != key["kind"]:
+    except ValueError as error:
+        raise UserError(
+            f"votes: {file} is not what a rating page saves ({error}); save it from the page again"
+        ) from None
+    if any(content[name] != key[name] for name in ("page", "kind")) or content["format"] != FORMAT:
         raise UserError(f"votes: {file} was saved from another page than the one rating= names")
-    for item, vote in votes.items():
-        if vote not in _CHOICES[kind] or not 0 <= item < len(key["items"]):
+    if not content["rater"].strip():
+        raise UserError(f"votes: {file} does not say whose votes it holds; save it with a name")
+    return Ballot(content["rater"].strip(), _votes(file, content, key))
+
+
+def _votes(file: Path, content: Mapping[str, Any], key: Mapping[str, Any]) -> dict[int, str | int]:
+    found: dict[int, str | int] = {}
+    for each in content["votes"]:
+        item, vote = each["item"], each["vote"]
+        if vote not in _CHOICES[key["kind"]] or not 0 <= item < len(key["items"]):
             raise UserError(f"votes: {file} holds {vote!r} for item {item}, which cannot be")
-    return Ballot(str(rater).strip(), votes)
+        if item in found:
+            raise UserError(f"votes: {file} holds two votes for item {item}; save it again")
+        found[item] = vote
+    return found
 
 
 def _ends(change: Mapping[str, Any]) -> str:

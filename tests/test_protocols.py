@@ -92,9 +92,7 @@ def test_unknown_protocols_are_refused(tmp_path):
 
 
 def test_the_toy_protocol_names_what_the_toy_world_has():
-    found = load(
-        str(ROOT / "configs/prompts/owl.yaml"), subject="owl circle", noun="circle"
-    )
+    found = load(str(ROOT / "configs/prompts/owl.yaml"), subject="owl circle", noun="circle")
     assert len(found.prompts) == 18
     assert found.prompts[0].text == "a small owl circle on a grey background"
 
@@ -106,6 +104,10 @@ def run(schema, *overrides) -> RunConfig:
     return load_config(schema, ["output=x", "data.path=y", *overrides])
 
 
+DOG = ("zwx dog", "dog")
+GIVEN = ("evaluation.subject=dog", "evaluation.noun=dog")
+
+
 def dreambooth(caption, class_prompt, *more):
     return run(DreamBoothRun, f"{caption}", f"dreambooth.class_prompt={class_prompt}", *more)
 
@@ -113,7 +115,7 @@ def dreambooth(caption, class_prompt, *more):
 @pytest.mark.parametrize(
     ("caption", "class_prompt", "names"),
     [
-        ("data.caption=a photo of zwx dog", "a photo of a dog", ("zwx dog", "dog")),
+        ("data.caption=a photo of zwx dog", "a photo of a dog", DOG),
         ("data.caption=a photo of a zwx dog", "a photo of a dog", ("zwx dog", "dog")),
         ("data.captions.replace=zwx dog in a bucket", "a dog", ("zwx dog", "dog")),
         (
@@ -121,6 +123,30 @@ def dreambooth(caption, class_prompt, *more):
             "an image of a toy car",
             ("my zwx toy car", "toy car"),
         ),
+        ("data.caption=a close-up photo of a zwx dog", "a close-up photo of a dog", DOG),
+        ("data.caption=a 3d model of zwx dog", "a 3d model of a dog", DOG),
+        ("data.caption=a painting of zwx dog", "a dog", DOG),
+        ("data.caption=a zwx dog sitting on grass", "a dog sitting on grass", DOG),
+        ("data.captions.replace=a zwx dog, studio light", "a dog, studio light", DOG),
+        ("data.caption=A Photo of zwx dog.", "a photo of a dog", DOG),
+        (
+            "data.caption=a photo of a bottle of zwx perfume",
+            "a photo of a bottle of perfume",
+            ("zwx perfume", "perfume"),
+        ),
+        (
+            "data.caption=a photo of a bottle of zwx perfume",
+            "a photo of a bottle",
+            ("bottle of zwx perfume", "bottle"),
+        ),
+        (
+            "data.caption=a photo of a red zwx car",
+            "a photo of a red car",
+            ("red zwx car", "red car"),
+        ),
+        ("data.caption=a photo of a dog named zwx", "a photo of a dog", ("dog named zwx", "dog")),
+        ("data.caption=a photo of sks", "a photo of a dog", ("sks", "dog")),
+        ("data.captions.replace=zwx, a photo of a brown dog", "a photo of a dog", ("zwx", "dog")),
     ],
 )
 def test_dreambooths_names_come_from_caption_and_class_prompt(caption, class_prompt, names):
@@ -161,6 +187,17 @@ def test_names_that_cannot_be_told_are_asked_for():
     wildcards = dreambooth("data.caption=a photo of zwx dog", "{a dog|a photo of a dog}")
     with pytest.raises(UserError, match='give evaluation.noun="dog"'):
         names_of(wildcards)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["a photo of a dog", "a photo of the Dog in a bucket", "a photo of a dog on zwx beach"],
+)
+def test_a_caption_without_a_word_of_its_own_names_no_subject(caption):
+    with pytest.raises(UserError, match='give evaluation.subject="zwx dog"$'):
+        names_of(dreambooth(f"data.caption={caption}", "a photo of a dog"))
+    given = names_of(dreambooth(f"data.caption={caption}", "a photo of a dog", *GIVEN))
+    assert given == ("dog", "dog")  # who says so may
 
 
 def test_a_style_needs_no_noun():

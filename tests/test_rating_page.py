@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import comparing, rating_page
+from eval import rating_page
+from eval.evaluated_runs import read_runs
 from tests import browser
 from tests.evaluated import evaluated
+from tests.test_compare import remade
 from train.config import UserError
 
 
@@ -19,7 +21,7 @@ from train.config import UserError
 def sides(tmp_path):
     evaluated(tmp_path / "secret-one", grey=100)
     evaluated(tmp_path / "secret-two", grey=200)
-    return comparing.read_runs([tmp_path / "secret-one", tmp_path / "secret-two"])
+    return read_runs([tmp_path / "secret-one", tmp_path / "secret-two"])
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def test_a_prompt_cannot_end_the_element_that_holds_it(tmp_path):
     runs = [
         evaluated(tmp_path / name, subject=evil, grey=grey) for name, grey in (("a", 1), ("b", 2))
     ]
-    rating_page.write(tmp_path / "p.html", comparing.read_runs(runs), question=f"{evil}?")
+    rating_page.write(tmp_path / "p.html", read_runs(runs), question=f"{evil}?")
     assert content_of(tmp_path / "p.html")["items"][0]["prompt"].startswith(evil)
     assert "<script>alert" not in (tmp_path / "p.html").read_text()
 
@@ -126,6 +128,37 @@ def test_a_key_of_other_runs_or_of_pictures_made_anew_is_refused(tmp_path, sides
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file)
     with pytest.raises(UserError, match="no longer those that were judged"):
         rating_page.read_key(page, sides)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda key: key.pop("items"), "items"),
+        (lambda key: key.pop("page"), "page"),
+        (lambda key: key.update(items=[{}]), r"items\.0\.prompt"),
+        (lambda key: key["items"][0].update(sides=[5, 6]), "item 0"),
+        (lambda key: key["items"][0].update(sides=[1, 1]), "item 0"),
+        (lambda key: key["items"][0].update(sha256=[]), "item 0"),
+        (lambda key: key.update(kind="score"), "item 0"),
+        (lambda key: key.update(kind="other"), "kind"),
+        (lambda key: key.update(names=["secret-one", "secret-two", "x"]), "pairs are of two"),
+    ],
+)
+def test_a_damaged_key_is_refused_by_name(sides, page, change, said):
+    path = page.with_suffix(".key.json")
+    key = json.loads(path.read_text())
+    change(key)
+    path.write_text(json.dumps(key))
+    with pytest.raises(UserError, match=rf"{path} is no key of a rating page \({said}"):
+        rating_page.read_key(page, sides)
+
+
+def test_pictures_of_an_interrupted_evaluation_are_not_shown(tmp_path, sides):
+    remade(sides[1], 5, prompt="a cat")
+    with pytest.raises(
+        UserError, match=r"00005\.png was made with another prompt .* secret-two ag"
+    ):
+        rating_page.write(tmp_path / "page.html", sides)
 
 
 def test_a_missing_picture_is_named(tmp_path, sides):

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from eval import compare, comparing, rating_page, votes
+from eval import compare, rating_page, votes
+from eval.evaluated_runs import read_runs
 from eval.significance import paired, share, sign_test
 from tests.evaluated import evaluated
 from train.config import UserError
@@ -18,7 +19,7 @@ def page_of(runs, kind):
     """A page of these runs' pictures and its key."""
     page = runs[0].parent / f"{kind}.html"
     return page, json.loads(
-        rating_page.write(page, comparing.read_runs(runs), kind=kind, count=24).read_text()
+        rating_page.write(page, read_runs(runs), kind=kind, count=24).read_text()
     )
 
 
@@ -161,6 +162,8 @@ def test_a_person_who_is_there_twice_is_named(tmp_path, runs):
         ("[]", "is not what a rating page saves"),
         ('{"page": "x"}', "is not what a rating page saves"),
         (None, "No such file"),
+        ("[" * 100_000, "is not what a rating page saves"),
+        ("\\ud800", "is not what a rating page saves"),
     ],
 )
 def test_what_is_no_ballot_is_refused(tmp_path, runs, content, said):
@@ -169,6 +172,44 @@ def test_what_is_no_ballot_is_refused(tmp_path, runs, content, said):
     if content:
         file.write_text(content)
     with pytest.raises(UserError, match=said):
+        votes.read([file], key)
+
+
+def rewritten(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return file
+
+
+@pytest.mark.parametrize("item", [float("inf"), 1.7, True, "1", None])
+def test_an_item_that_is_no_whole_number_is_refused(tmp_path, runs, item):
+    _, key = page_of(runs, "pair")
+    file = rewritten(
+        saved(tmp_path, key, "ann", for_run(0)), votes=[{"item": item, "vote": "left"}]
+    )
+    with pytest.raises(UserError, match=rf"{file}.*votes\.0\.item"):
+        votes.read([file], key)
+
+
+@pytest.mark.parametrize("vote", [True, 1.0, None, [1]])
+def test_a_rating_that_is_no_whole_number_is_refused(tmp_path, runs, vote):
+    _, key = page_of(runs, "score")
+    file = saved(tmp_path, key, "ann", lambda item: vote)
+    with pytest.raises(UserError, match=rf"{file}.*votes\.0\.vote"):
+        votes.read([file], key)
+
+
+def test_two_votes_for_one_item_are_refused(tmp_path, runs):
+    _, key = page_of(runs, "pair")
+    file = saved(tmp_path, key, "ann", for_run(0), [3, 4, 3])
+    with pytest.raises(UserError, match=f"{file} holds two votes for item 3"):
+        votes.read([file], key)
+
+
+@pytest.mark.parametrize("rater", [None, "", "  ", "x" * 61, "\ud800"])
+def test_votes_of_nobody_are_refused(tmp_path, runs, rater):
+    _, key = page_of(runs, "pair")
+    file = rewritten(saved(tmp_path, key, "ann", for_run(0)), rater=rater)
+    with pytest.raises(UserError, match=str(file)):
         votes.read([file], key)
 
 
