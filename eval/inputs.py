@@ -40,6 +40,8 @@ class Given:
     subject: str | None
     noun: str | None
     buckets: list[Size]
+    mirrored: bool
+    """Whether the training pictures were trained on as in a mirror too."""
     notes: list[str]
     """What could not be had, as sentences for the report."""
 
@@ -110,6 +112,7 @@ def gather(config: RunConfig) -> Given:
         subject=subject,
         noun=noun,
         buckets=buckets_of(config),
+        mirrored=config.data.flip,
         notes=notes,
     )
 
@@ -152,9 +155,12 @@ def check_extractors(settings: EvaluationConfig) -> None:
     """UserError for what cannot be an extractor, before anything heavy is loaded."""
     from eval.features import find_clip, find_extractor
 
-    find_clip(settings.clip)
-    for path in filter(None, (settings.features, settings.dino)):
-        find_extractor(path)
+    for key, find in (("clip", find_clip), ("features", find_extractor), ("dino", find_extractor)):
+        try:
+            if path := getattr(settings, key):
+                find(path)
+        except UserError as error:
+            raise UserError(f"evaluation.{key}: {error}") from None
 
 
 def read_held_out(config: RunConfig, subject: str | None = None) -> list[Record]:

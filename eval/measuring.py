@@ -155,6 +155,11 @@ def _distances(found: Evidence, *, seed: int) -> dict[str, Score]:
         groups=labels[: len(found.groups)],
         of_reference=labels[len(found.groups) :],
         extractor=found.extractors.features.describe(),
+        clip=distance_scores.Features(
+            found.embedded.real("clip", "held_out"),
+            found.embedded.of("clip", ("base", "finetuned")),
+            found.extractors.clip.describe(),
+        ),
         classes=found.embedded.classes,
         seed=seed,
     )
@@ -178,7 +183,7 @@ def _lost(found: Evidence) -> dict[str, Score]:
     if found.plan.prior and len(real):
         scores["prior_preservation"] = subject_scores.class_kept(
             {arm: space[f"prior/{arm}"] for arm in ("base", "finetuned")},
-            label([task.prompt for task in found.plan.prior]),
+            range(len(found.plan.prior)),
             real,
         )
     if found.plan.general:
@@ -219,25 +224,31 @@ def _copies(found: Evidence, *, seed: int) -> Memorisation | None:
         for space in ("clip", "dino")
         if space in found.embedded.pictures
     }
-    real = (Fitted(records, given.buckets) for records in (given.training, given.held_out))
-    spaces["layout"] = tuple(map(layout, (_read(found.made["finetuned"]), *real)))
+    seen, views = (Fitted(records, given.buckets) for records in (given.training, given.held_out))
+    spaces["layout"] = tuple(map(layout, (_read(found.made["finetuned"]), seen, views)))
+    # CLIP and DINO hardly know a picture from its mirror image.
+    twins = {"layout": layout(picture[:, ::-1] for picture in seen)} if given.mirrored else {}
     return most_suspicious(
         [
             memorisation(
                 pictures,
                 training,
-                held_out=views if given.held_out else None,
+                held_out=real if given.held_out else None,
                 groups=found.groups,
+                prompted=given.is_of_captions,
+                twins=twins.get(space),
                 seed=seed,
                 space=space,
             )
-            for space, (pictures, training, views) in spaces.items()
+            for space, (pictures, training, real) in spaces.items()
         ]
     )
 
 
 def _suspicion(copies: Memorisation | None) -> verdicts.Copying:
-    return "yes" if copies is not None and copies.flagged else "no"
+    if copies is None:
+        return "no"
+    return "yes" if copies.flagged else "maybe" if copies.doubtful else "no"
 
 
 def _read(paths: Sequence[Path]) -> list[np.ndarray]:
@@ -255,6 +266,7 @@ def _copies_score(copies: Memorisation) -> Score:
         "the others, than real pictures are. A model that does not copy would have about "
         f"{copies.expected:.0%}.",
         interval="95 %, over prompts",
+        warning=copies.note,
         facts={"expected": copies.expected, "p": copies.p, "space": copies.space},
     )
 

@@ -20,6 +20,7 @@ class Brightness:
     does."""
 
     better: Mapping[str, Any] = {"clip_score": "more"}
+    counts: Mapping[str, int] = {}
 
     def __init__(self, accelerator: Any, fails: int = 0) -> None:
         self._accelerator, self._fails, self._calls = accelerator, fails, 0
@@ -46,13 +47,17 @@ class Brightness:
         return {"clip_score": sum(gather_object([together(mine)])) + here}
 
 
-def judge(config: Any, accelerator: Any, fails: int = 2) -> Brightness:
+def judge(scoring: Any, accelerator: Any, fails: int = 2) -> Brightness:
     return Brightness(accelerator, fails)
+
+
+def prepare(config: Any, trained: Any) -> None:
+    """Needs nothing."""
 
 
 if __name__ == "__main__":
     from eval import in_training
 
-    in_training.judge = judge
+    in_training.judge, in_training.prepare = judge, prepare
     entry = importlib.import_module(sys.argv[1].removesuffix(".py").replace("/", "."))
     entry.main(sys.argv[2:])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.runs import ROOT, arguments, make_world
+from tests.tiny import tiny_clip
 from train import lora
 from train.config import UserError
+
+DOG = ("evaluation.subject=zwx dog", "evaluation.noun=dog")
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +25,19 @@ def world(tmp_path_factory):
 def run(*args, entry="train/lora.py"):
     return subprocess.run(
         [sys.executable, str(ROOT / entry), *args], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+@pytest.fixture(scope="module")
+def scored(world, tmp_path_factory):
+    """A run whose pictures are scored every second step of six."""
+    clip = tiny_clip(tmp_path_factory.mktemp("clip") / "clip", dimension=60)
+    return (
+        "evaluation.every=2",
+        f"evaluation.path={world / 'pictures'}",
+        f"evaluation.clip={clip}",
+        "evaluation.quick_images=8",
+        "validation.every=0",
     )
 
 
@@ -129,13 +146,13 @@ def test_help_needs_no_heavy_import(entry):
     assert "learning_rate" in result.stdout or "evaluation." in result.stdout
 
 
-def test_validation_needs_no_heavy_import(world, tmp_path):
+def test_validation_needs_no_heavy_import(world, scored, tmp_path):
     code = (
         "import sys; from train.lora import main; main(sys.argv[1:])\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    dry = arguments(world, tmp_path / "run", "dry_run=true")
+    dry = arguments(world, tmp_path / "run", "dry_run=true", *scored)
     result = subprocess.run(
         [sys.executable, "-c", code, *dry], capture_output=True, text=True, cwd=ROOT
     )
@@ -144,6 +161,56 @@ def test_validation_needs_no_heavy_import(world, tmp_path):
 
 def test_a_missing_held_out_folder_is_found_in_the_plan(world, tmp_path):
     assert "evaluation.path=/nowhere" in complaint(world, tmp_path, "evaluation.path=/nowhere")
+
+
+def test_a_plan_says_what_is_scored_how_often_and_how_surely(world, scored, tmp_path, capsys):
+    values = arguments(world, tmp_path / "run", "dry_run=true", *scored)
+    lora.main([*values, "validation.metric=fid", "train.steps=7"])
+    assert (
+        "scores   8 pictures of 25 sampling steps against 3 real ones, every 2 steps, 5 times: "
+        "kid, cmmd, fid, clip_score\n"
+        "note     FID is measured on 3 pictures in 60 dimensions"
+    ) in capsys.readouterr().out
+    lora.main([*values, "validation.metric=kid"])
+    assert "validation.metric=kid of 8 pictures against 3" in capsys.readouterr().out
+    lora.main([*values, "validation.metric=clip_score"])
+    assert "note" not in capsys.readouterr().out
+    lora.main(arguments(world, tmp_path / "run", "dry_run=true"))
+    assert "scores" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (["evaluation.clip=/nope"], "/nope"),
+        (["evaluation.dino=/nope"], "/nope"),
+        (["evaluation.features=/nope.pt"], "/nope.pt"),
+        (["evaluation.path=null"], "evaluation.path is not set"),
+        (["evaluation.protocol=objcts", *DOG], "evaluation.protocol=objcts.*mean objects"),
+        (["evaluation.protocol=objects"], "evaluation.subject=.*evaluation.noun="),
+        (["validation.metric=clip_i"], "=clip_i needs evaluation.subject=.*kid, cmmd, fid, clip"),
+        (["validation.metric=clip_t"], "=clip_t needs evaluation.subject="),
+        (
+            ["validation.metric=fid", "evaluation.protocol=objects", *DOG],
+            "=fid needs evaluation.protocol=held_out and evaluation.path=.* clip_i, clip_t, clip_",
+        ),
+        (
+            [
+                "validation.metric=clip_i",
+                "evaluation.protocol=objects",
+                "evaluation.path=null",
+                "evaluation.training_images=0",
+                *DOG,
+            ],
+            "=clip_i needs evaluation.path=",
+        ),
+    ],
+)
+def test_a_mistake_in_the_evaluation_is_found_in_the_plan(
+    world, scored, tmp_path, mistake, message
+):
+    said = complaint(world, tmp_path, *scored, *mistake)
+    assert re.search(message, said) and "\n" not in said
 
 
 @pytest.mark.parametrize("inside", ["", "run"])

@@ -12,14 +12,23 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 
+from eval.in_training import BETTER
 from tests.kills import killed_and_resumed
 from tests.runs import arguments
 from tests.test_loop import Regression, Samples, logged
 from tests.test_pauses import HeldOut
 from train import report
 from train.checkpoint import Checkpoints
-from train.config import EvaluationConfig, LoopConfig, LoraRun, UserError, load, validate
-from train.examination import Examination, Examined, NotExamined, read, together
+from train.config import EvaluationConfig, LoopConfig, LoraRun, RunFailed, UserError, load, validate
+from train.examination import (
+    Examination,
+    Examined,
+    NotExamined,
+    changed,
+    failures,
+    read,
+    together,
+)
 from train.loop import fit
 from train.tracking import Trackers
 
@@ -50,6 +59,7 @@ class Brightness:
     """Scores one picture by its mean: `off` is how far it is from AIM, less being better."""
 
     better = {"fid": "less", "clip_score": "more"}
+    counts = {"pictures": 1, "reference": 3}
 
     def __init__(self, fails=None):
         self.fails, self.weights, self.modes = fails or {}, [], []
@@ -115,7 +125,8 @@ def test_pictures_are_scored_before_the_first_step_every_so_often_and_at_the_end
     assert [line["evaluation/fid"] for line in lines] == list(scores(tmp_path).values())
     assert all(line["evaluation/broken"] is None for line in lines)
     content = json.loads((tmp_path / "eval/steps/step-00000003.json").read_text())
-    assert content["step"] == 3 and content["metrics"].keys() == {"fid", "clip_score", "broken"}
+    assert (content["step"], content["pictures"], content["reference"]) == (3, 1, 3)
+    assert content["metrics"].keys() == {"fid", "clip_score", "broken"}
     with Image.open(tmp_path / "eval/steps/step-00000003/00000.png") as picture:
         assert picture.getpixel((0, 0)) == int(100 * judge.weights[1])
 
@@ -178,28 +189,50 @@ def state():
 
 
 def test_a_judge_that_fails_costs_the_step_its_scores_and_not_the_run(tmp_path, capsys):
-    fails = {1: FloatingPointError("black"), 3: torch.OutOfMemoryError("full")}
+    fails = {2: UserError("held-out/3.png cannot be read"), 3: torch.OutOfMemoryError("full")}
     judge = Brightness(fails)
     run(tmp_path, judge)
-    assert list(scores(tmp_path)) == [2, 6, 8] and len(judge.weights) == 5
+    assert list(scores(tmp_path)) == [0, 6, 8] and len(judge.weights) == 5
     said = capsys.readouterr().out
-    assert "warning: step 0 has no scores: FloatingPointError: black" in said
+    assert "warning: step 2 has no scores: held-out/3.png cannot be read" in said
     assert "warning: step 4 has no scores: OutOfMemoryError: full" in said
     folders = sorted(path.name for path in (tmp_path / "eval/steps").iterdir() if path.is_dir())
-    assert folders == ["step-00000002", "step-00000006", "step-00000008"]
+    assert folders == ["step-00000000", "step-00000006", "step-00000008"]
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    assert "The pictures of 2 steps could not be made and scored (2, 4)" in page
+    assert "at last because of: OutOfMemoryError: full" in page
 
 
 def test_where_every_one_fails_the_last_weights_stay(tmp_path, capsys):
-    judge = Brightness(dict.fromkeys(range(1, 9), RuntimeError("no")))
+    judge = Brightness(dict.fromkeys(range(2, 9), RuntimeError("no")))
     method = run(tmp_path / "all", judge)
     assert "no fid was finite: the last weights are taken" in capsys.readouterr().out
     assert method.model.weight.item() == judge.weights[-1]
     assert not (tmp_path / "all/checkpoints/best.json").exists()
 
 
-def test_a_mistake_of_the_user_ends_the_run(tmp_path):
+def test_what_fails_before_the_first_step_ends_the_run_with_nothing_lost(tmp_path):
     with pytest.raises(UserError, match="no such extractor"):
-        run(tmp_path, Brightness({2: UserError("no such extractor")}))
+        run(tmp_path, Brightness({1: UserError("no such extractor")}))
+    with pytest.raises(
+        RunFailed, match=r"base's.*TypeError: wrong.*evaluation\.batch_size.*every=0"
+    ):
+        run(tmp_path, Brightness({1: TypeError("wrong")}))
+    assert not (tmp_path / "checkpoints").exists()
+    run(tmp_path, Brightness())
+    assert list(scores(tmp_path)) == [0, 2, 4, 6, 8]
+
+
+def test_where_a_run_goes_on_a_mistake_ends_it_and_bad_luck_does_not(tmp_path):
+    some = examined(tmp_path, Brightness({1: MemoryError("full")}), start=2)
+    assert some.run(Painter(), 2) is None and some.due(2, 9)
+    assert failures(tmp_path) == {2: "MemoryError: full"} and read(tmp_path) == []
+    some = examined(tmp_path, Brightness({1: UserError("no"), 2: UserError("gone")}), start=2)
+    with pytest.raises(UserError, match="no"):
+        some.run(Painter(), 2)
+    assert some.run(Painter(), 4) is None and failures(tmp_path)[4] == "gone"
+    course(examined(tmp_path, Brightness(), start=2), {2: 1.0})
+    assert failures(tmp_path) == {} and [one.step for one in read(tmp_path)] == [2]
 
 
 @pytest.mark.parametrize("mine", [None, (None, "OutOfMemoryError: here")])
@@ -272,10 +305,10 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(
 # Going on
 
 
-def examined(output, judge, *, start=0, kept=(), score="fid", **settings):
-    config = EvaluationConfig(every=2, **settings)
-    accelerator = Accelerator(cpu=True)
-    return Examination(judge, config, output, accelerator, score=score, start=start, kept=kept)
+def examined(output, judge, *, start=0, kept=(), score="fid", use_best=False, **settings):
+    config = EvaluationConfig(**({"every": 2} | settings))
+    where = {"start": start, "kept": kept, "use_best": use_best}
+    return Examination(judge, config, output, Accelerator(cpu=True), score=score, **where)
 
 
 def course(some, weights):
@@ -301,12 +334,41 @@ def test_a_resumed_run_knows_what_was_scored_up_to_there_and_forgets_the_rest(tm
     assert examined(tmp_path, Brightness()).best is None and read(tmp_path) == []
 
 
-def test_scores_of_other_settings_are_not_compared(tmp_path):
+@pytest.mark.parametrize("setting", ["images", "batch_size", "per_prompt", "every"])
+def test_what_does_not_change_the_scores_keeps_the_best(tmp_path, setting):
     course(examined(tmp_path, Brightness()), {0: 1.1, 2: 1.1})
-    assert examined(tmp_path, Brightness(), start=2, kept=(2,), images=7).best.step == 2
-    other = examined(tmp_path, Brightness(), start=2, kept=(2,), steps=3)
-    assert other.best is None and other.due(2, 9)
-    assert course(other, {4: 2.0}) is other.best
+    same = examined(tmp_path, Brightness(), start=2, kept=(2,), **{setting: 7})
+    assert same.best.step == 2
+    course(same, {4: 1.2})
+    assert [one.step for one in read(tmp_path)] == [0, 2, 4]
+
+
+def test_scores_of_other_settings_are_not_compared_and_that_is_said(tmp_path, capsys):
+    course(examined(tmp_path, Brightness()), {0: 1.1, 2: 1.3, 4: 1.2, 6: 1.1})
+    other = examined(tmp_path, Brightness(), start=6, kept=(2, 4), steps=3, clip="x")
+    said = capsys.readouterr().out
+    assert "evaluation.clip was openai/clip-vit-large-patch14 and is x, evaluation.steps" in said
+    assert "evaluation.steps was 25 and is 3" in said and "step 4, the best so far (fid 0.1" in said
+    assert other.best is None and other.due(6, 9)
+    assert course(other, {8: 2.0}) is other.best
+
+
+def test_a_best_that_the_run_is_to_end_with_is_not_dropped(tmp_path):
+    course(examined(tmp_path, Brightness()), {2: 1.1, 4: 1.3})
+    going_on = {"start": 4, "kept": (2, 4), "score": "clip_score", "steps": 3}
+    with pytest.raises(
+        UserError, match=r"steps was 25 and is 3.*step 2,.*\(clip_score .*use_best=false"
+    ):
+        examined(tmp_path, Brightness(), use_best=True, **going_on)
+    assert [one.step for one in read(tmp_path)] == [2, 4]
+    assert examined(tmp_path, Brightness(), **going_on).best is None
+    none_kept = going_on | {"kept": ()}
+    assert examined(tmp_path, Brightness(), use_best=True, **none_kept).best is None
+
+
+def test_a_setting_that_an_older_version_did_not_have_changes_nothing():
+    assert changed({"steps": 3, "old": 1}, {"steps": 3, "new": 2}) == []
+    assert changed({"steps": 3}, {"steps": 4}) == ["evaluation.steps was 3 and is 4"]
 
 
 def test_a_method_without_pictures_has_none_scored(tmp_path):
@@ -346,8 +408,9 @@ def test_what_a_score_needs_is_asked_for_by_its_keys(tmp_path, settings, message
 
 def test_the_report_shows_the_course_of_every_score_and_the_best_step(tmp_path):
     for step, fid in ((0, 30.0), (20, 20.0), (40, 25.0)):
-        values = {"fid": fid, "clip_score": 0.3, "other_one": math.nan if step else 1.0}
-        Examined(step, values, {}).write(tmp_path / "eval/steps")
+        values = {"fid": fid, "clip_t": 0.3, "other_one": math.nan if step else 1.0}
+        counts = {"pictures": 8, "reference": 256, "dimension": 768}
+        Examined(step, values, {}, counts).write(tmp_path / "eval/steps")
     (tmp_path / "eval/steps/step-00000060.json").write_text('{"step": 60, "metr')
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/best.json").write_text('{"step": 20}')
@@ -356,6 +419,14 @@ def test_the_report_shows_the_course_of_every_score_and_the_best_step(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 40, **usual}) + "\n")
     page = report.write(tmp_path).read_text(encoding="utf-8")
     assert "FID, Fréchet distance, less is better, over optimizer steps" in page
-    assert "CLIP score, likeness to the prompt" in page and "<h3>other one</h3>" in page
+    assert "CLIP-T, likeness to the prompt" in page and "<h3>other one</h3>" in page
+    assert "8 pictures against 256 real ones, of the same prompts" in page
+    assert "FID is measured on 8 pictures in 768 dimensions" in page
     assert page.count("best: step 20") == 3
     assert page.index("<h2>Curves") < page.index("<h2>Scores of generated pictures")
+
+
+def test_every_score_of_a_run_says_in_the_report_which_way_is_better():
+    assert report._SCORES.keys() == BETTER.keys()
+    for name, way in BETTER.items():
+        assert report._SCORES[name][1].endswith(f"{way} is better")

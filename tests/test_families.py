@@ -320,6 +320,8 @@ def unloadable(monkeypatch):
         ("sd2-depth", ["preview.images=[]"], "0 pictures for 2"),
         ("sd2-depth", ["preview.images=[gone.png, gone.png]"], "cannot read gone.png"),
         ("sd15", ["preview.images=[one.png]"], "makes pictures from text alone"),
+        ("sd2-depth", ["evaluation.every=2"], "are made from text alone; set evaluation.every=0"),
+        ("sd2-inpainting", ["evaluation.every=2"], "evaluation.every=2: model.path="),
     ],
 )
 def test_what_the_base_can_not_be_trained_with_is_refused(world, tmp_path, family, overrides, says):

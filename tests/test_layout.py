@@ -114,6 +114,7 @@ BELOW_THE_LOOP = (
     "optim",
     "overfitting",
     "packages",
+    "pauses",
     "previews",
     "sharding",
     "tracking",

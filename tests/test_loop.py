@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from train.config import LoopConfig, RunFailed, validate
-from train.loop import due, fit, images_in
+from train.loop import fit, images_in
+from train.pauses import due
 
 
 class Regression:

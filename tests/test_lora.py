@@ -249,6 +249,7 @@ def test_pictures_judged_in_the_course_of_training_change_nothing_of_it(
     world, run, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(in_training, "judge", partial(judged.judge, fails=0))
+    monkeypatch.setattr(in_training, "prepare", judged.prepare)
     lora.main(arguments(world, tmp_path / "run", *JUDGED))
     assert_same(adapter(tmp_path / "run"), adapter(run))
     assert losses_of_steps(tmp_path / "run") == losses(run)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.kills import killed_and_resumed
 from tests.test_loop import Regression, Samples, logged
-from train import loop, overfitting
+from train import loop, overfitting, pauses
 from train.checkpoint import Checkpoints, DamagedCheckpoint
 from train.config import LoopConfig, RunFailed, validate
 from train.loop import fit
@@ -97,7 +97,7 @@ POINTS = {
     "what it writes": (Checkpoints, "_write"),
     "pruning": (Checkpoints, "_prune"),
     "marking the best": (Checkpoints, "mark_best"),
-    "a preview": (loop.Previews, "render"),
+    "a preview": (pauses.Previews, "render"),
 }
 
 

@@ -182,6 +182,7 @@ class ValidationConfig(Section):
         "kid",
         "cmmd",
         "clip_score",
+        "clip_t",
         "clip_i",
         "dino",
     ] = "loss"

@@ -29,6 +29,11 @@ def check_settings(config: RunConfig, base: BaseModel) -> None:
         check_zero_snr(config.diffusion.prediction_type or base.prediction_type)
     Noising.of(config.diffusion, base.timesteps)
     _check_previews(config.preview, base)
+    if config.evaluation.every and base.family.channels != 4:
+        raise UserError(
+            f"evaluation.every={config.evaluation.every}: model.path={base.path} is {base.family}, "
+            "and pictures that are scored are made from text alone; set evaluation.every=0"
+        )
 
 
 def _check_depth(depth: bool, base: BaseModel) -> None:

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
         prior=frozen_base(config, pipeline),
         seed=config.seed,
     )
-    fit(method, batches, config, accelerator, in_training.judge(config, accelerator))
+    fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
     if accelerator.is_main_process:
         report.write(config.output)
     export.publish(method, config.output / result, accelerator)

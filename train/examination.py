@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import random
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from train.config import EvaluationConfig, UserError
+from train.config import EvaluationConfig, RunFailed, UserError
 from train.course import Better, Course, named, read_steps, write_step
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # What may change without changing the scores.
-_BESIDES = {"every", "images", "training_images", "general", "scales"}
+_BESIDES = {"every", "images", "per_prompt", "batch_size", "training_images", "general", "scales"}
+_COUNTS = ("pictures", "reference", "dimension")
 
 
 class Judge(Protocol):
@@ -37,13 +38,19 @@ class Judge(Protocol):
     def better(self) -> Mapping[str, Better]:
         """Every metric it gives, and which way is better."""
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many `pictures` it makes, of how many real ones its `reference` is, and the
+        `dimension` of its features; what it cannot say is left out."""
+
     def __call__(self, pipeline: Pipeline, *, folder: Path) -> Mapping[str, float]:
         """Pictures by `pipeline` into `folder`, which is there and empty, and their metrics.
 
         Called by all processes together, under the run's autocast, without gradients; process 0's
         numbers count. Random state, cuDNN's settings and the pipeline's scheduler may be changed,
         weights not. Raises what it likes, but in all processes: what can fail in one of them alone
-        is to be done in `together`. All but UserError costs the step its scores, not the run.
+        is to be done in `together`. Once the run has begun to train it costs the step its scores,
+        not the run.
         """
 
 
@@ -59,6 +66,8 @@ class Examined:
     scores: Mapping[str, float]
     settings: Mapping[str, Any]
     """Of the evaluation: only scores of the same settings can be compared."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """As the judge gave them."""
 
     def value(self, metric: str) -> float:
         """nan for one that it has not."""
@@ -70,7 +79,8 @@ class Examined:
 
     def write(self, folder: Path) -> None:
         """FOLDER/step-00000100.json, whole or not at all."""
-        write_step(folder, self.step, {"metrics": self._finite(), "settings": {**self.settings}})
+        content = {"metrics": self._finite(), **self.counts, "settings": {**self.settings}}
+        write_step(folder, self.step, content)
 
     def _finite(self) -> dict[str, float | None]:
         return {name: v if math.isfinite(v) else None for name, v in self.scores.items()}
@@ -80,9 +90,10 @@ class Examination(Course[Examined]):
     """Has a judge make pictures and score them: OUTPUT/step-00000100/ and step-00000100.json.
 
     judge: None for a run without. score: the metric that chooses the best checkpoint, if one of
-    these does. The rest is as for Course.
+    these does; use_best: whether the run ends with that. The rest is as for Course.
 
-    Raises UserError for a score that the judge does not give.
+    Raises UserError for a score that the judge does not give, and for settings by which the run
+    would lose the best that it is to end with.
     """
 
     def __init__(
@@ -93,16 +104,25 @@ class Examination(Course[Examined]):
         accelerator: Accelerator,
         *,
         score: str | None = None,
+        use_best: bool = False,
         start: int,
         kept: Collection[int] = (),
     ) -> None:
         better = judge.better if judge is not None else {}
         _check(score, better, config)
-        self._judge = judge
+        self._judge, self._start = judge, start
+        self._accelerator = accelerator
         self._settings = config.model_dump(mode="json", exclude=_BESIDES)
-        known = read(output, until=start) if start else []
+        known = read(output, until=start) if start and judge is not None else []
+        if known and (changes := changed(known[-1].settings, self._settings)):
+            with_checkpoint = [one for one in known if one.step in kept]
+            best = _best(with_checkpoint, score, better)
+            if best is not None and use_best:
+                raise UserError(f"{_dropped(best, score, changes)} {_GO_ON}")
+            self._say(f"warning: {_dropped(best, score, changes)}")
+            known = []
         super().__init__(
-            [one for one in known if one.settings == self._settings],
+            known,
             output,
             accelerator,
             title=score or "score",
@@ -122,11 +142,12 @@ class Examination(Course[Examined]):
         try:
             folder = together(lambda: self._emptied(done))
             scores = self._scores(method, pipeline, folder)
-        except NotExamined as error:
-            self._say(f"warning: step {done} has no scores: {error}")
+        except (NotExamined, UserError) as error:
             self._discard(done)
+            self._refuse(done, error)
             return None
-        examined = Examined(done, scores, self._settings)
+        assert self._judge is not None
+        examined = Examined(done, scores, self._settings, self._judge.counts)
         self._add(examined)
         self._say(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         return examined
@@ -152,11 +173,25 @@ class Examination(Course[Examined]):
 
         try:
             scores = together(judged)
-        except NotExamined:
+        except (NotExamined, UserError):
             clear_device_cache(garbage_collection=True)
             raise
         clear_device_cache()  # the judge's memory is not training's
         return broadcast_object_list([scores])[0]
+
+    def _refuse(self, done: int, error: Exception) -> None:
+        """Writes down that the step has no scores; raises where nothing is lost yet by that."""
+        if done == 0 and isinstance(error, NotExamined):
+            raise RunFailed(
+                f"the base's pictures could not be made and scored ({error}), and no others would "
+                "be: where memory does not suffice, lower evaluation.batch_size; "
+                "evaluation.every=0 trains without"
+            ) from None
+        if done == self._start and isinstance(error, UserError):
+            raise error
+        self._say(f"warning: step {done} has no scores: {error}")
+        if self._accelerator.is_main_process:
+            write_step(self._folder, done, {"failed": str(error), "settings": self._settings})
 
     def _emptied(self, done: int) -> Path:
         self._discard(done)
@@ -230,7 +265,48 @@ def read(folder: Path, *, until: float = math.inf) -> list[Examined]:
     unreadable files are left out."""
     found = [_read(content) for content in read_steps(folder)]
     intact = [one for one in found if one is not None and one.step <= until]
-    return [one for one in intact if one.settings == intact[-1].settings]
+    return [one for one in intact if not changed(one.settings, intact[-1].settings)]
+
+
+def failures(folder: Path) -> dict[int, str]:
+    """Why the steps that have no scores have none."""
+    found = [content for content in read_steps(folder) if "failed" in content]
+    return {int(content["step"]): str(content["failed"]) for content in found}
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings for which scores cannot be compared, with both values. What only one has came or
+    went with a version of this program."""
+    both = sorted(before.keys() & now.keys() - _BESIDES)
+    return [
+        f"evaluation.{name} was {before[name]} and is {now[name]}"
+        for name in both
+        if before[name] != now[name]
+    ]
+
+
+_GO_ON = (
+    "As validation.use_best=true is to end with it, restore the setting; or go on without it, with "
+    "validation.use_best=false"
+)
+
+
+def _dropped(best: Examined | None, score: str | None, changes: Sequence[str]) -> str:
+    """That what was scored before does not count."""
+    said = f"{', '.join(changes)}: what was scored before cannot be compared with what will be"
+    if best is None:
+        return f"{said}, and is left out."
+    value = f"{score} {best.value(str(score)):.4g}"
+    return f"{said}, so step {best.step}, the best so far ({value}), does not count any more."
+
+
+def _best(
+    found: Sequence[Examined], score: str | None, better: Mapping[str, Better]
+) -> Examined | None:
+    """The best after training began, if a score chooses it."""
+    finite = [one for one in found if score and one.step and math.isfinite(one.value(score))]
+    sign = -1 if better.get(score or "") == "more" else 1
+    return min(finite, key=lambda one: sign * one.value(str(score)), default=None)
 
 
 def _read(content: dict[str, Any]) -> Examined | None:
@@ -239,7 +315,8 @@ def _read(content: dict[str, Any]) -> Examined | None:
             name: math.nan if value is None else float(value)
             for name, value in content["metrics"].items()
         }
-        return Examined(int(content["step"]), scores, dict(content.get("settings", {})))
+        counts = {name: int(content[name]) for name in _COUNTS if name in content}
+        return Examined(int(content["step"]), scores, dict(content.get("settings", {})), counts)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     )
     objective = Objective.of(pipeline.scheduler, config.diffusion)
     method = Full(pipeline, objective, config.full)
-    fit(method, batches, config, accelerator, in_training.judge(config, accelerator))
+    fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
     if accelerator.is_main_process:
         report.write(config.output)
     export.publish(method, config.output / "full", accelerator)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,15 +13,14 @@ from torch import Tensor, nn
 
 from train import optim, sharding
 from train.averaging import Averages, averages_of
-from train.checkpoint import Checkpoints, DamagedCheckpoint
+from train.checkpoint import Checkpoints
 from train.config import LoopConfig, RunFailed
-from train.course import Course, P
-from train.examination import Examination, Examined, Judge
+from train.examination import Judge
 from train.meter import Meter
 from train.method import Method
-from train.previews import Previews
-from train.tracking import Trackers, open_trackers
-from train.validation import HeldOut, Validation
+from train.pauses import Pause
+from train.tracking import open_trackers
+from train.validation import HeldOut
 
 MicroBatch = dict[str, Any]
 
@@ -61,25 +59,14 @@ def fit(
     schedule = optim.Schedule(optimizer, steps=steps, config=config.optim)
     model, prepared = sharding.prepare(accelerator, raw, optimizer, config.train)
     averages = averages_of(raw, optimizer, config.train.ema_decay)
-    checkpoints = Checkpoints(
-        config.output / "checkpoints",
-        keep=config.checkpoint.keep,
-        writes=accelerator.is_main_process,
-    )
-    start = checkpoints.restore(raw, prepared, averages)
-    require_same(start, accelerator)
-    sharding.refresh(prepared)
-    facts = checkpoints.facts(start) if start else {}
-    if accelerator.scaler is not None and start:
-        accelerator.scaler.load_state_dict(facts["scaler"])
     trainable = [p for p in raw.parameters() if p.requires_grad]
-    trackers = open_trackers(
-        config.output,
-        config.model_dump(mode="json"),
-        config.tracking,
-        start=start,
-        main=accelerator.is_main_process,
-    )
+
+    main, folder = accelerator.is_main_process, config.output / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, writes=main)
+    start, facts = restore(checkpoints, raw, prepared, averages, accelerator)
+
+    settings = config.model_dump(mode="json")
+    trackers = open_trackers(config.output, settings, config.tracking, start=start, main=main)
     meter = Meter(
         accelerator,
         trackers,
@@ -89,36 +76,21 @@ def fit(
         before=facts.get("meter"),
     )
     pause = Pause(
-        method=method,
-        model=model,
-        optimizer=prepared,
-        averages=averages,
-        checkpoints=checkpoints,
-        previews=Previews(config.output / "previews", config.preview, accelerator),
-        validation=Validation(
-            batches.held_out,
-            config.validation,
-            config.output / "validation",
-            accelerator,
-            start=start,
-            kept=checkpoints.steps(),
-        ),
-        examination=Examination(
-            judge,
-            config.evaluation,
-            config.output / "eval/steps",
-            accelerator,
-            score=config.validation.score,
-            start=start,
-            kept=checkpoints.steps(),
-        ),
-        trackers=trackers,
-        meter=meter,
-        config=config,
-        accelerator=accelerator,
+        method,
+        model,
+        prepared,
+        averages,
+        checkpoints,
+        trackers,
+        meter,
+        config,
+        accelerator,
+        held_out=batches.held_out,
+        judge=judge,
+        start=start,
     )
     with meter.aside():
-        pause.before(start)
+        pause.before()
 
     for step, micro_batches in enumerate(meter.waiting(batches(start)), start):
         rates = schedule.apply(step)
@@ -129,8 +101,8 @@ def fit(
         prepared.zero_grad(set_to_none=True)
         averages.update(step)
         done = step + 1
-        epoch = batches.epochs(done)
-        meter.record(done, epoch, loss, rates, norm, images=images_in(micro_batches))
+        images = images_in(micro_batches)
+        meter.record(done, batches.epochs(done), loss, rates, norm, images=images)
         with meter.aside():
             pause.after(done)
     meter.close()
@@ -138,134 +110,21 @@ def fit(
     trackers.finish()
 
 
-@dataclass(kw_only=True)
-class Pause:
-    """What is done between optimizer steps: checkpoints, previews, the held-out loss and the scores
-    of pictures."""
-
-    method: Method
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    averages: Averages
-    checkpoints: Checkpoints
-    previews: Previews
-    validation: Validation
-    examination: Examination
-    trackers: Trackers
-    meter: Meter
-    config: LoopConfig
-    accelerator: Accelerator
-    saved: int = 0
-    """The step of the last checkpoint."""
-
-    @property
-    def chooser(self) -> Course[Any]:
-        """Whose best is the best checkpoint."""
-        return self.examination if self.config.validation.score else self.validation
-
-    def before(self, start: int) -> None:
-        """At the start of a run, or of its continuation from step `start`."""
-        self.saved = start
-        self._mark_best()
-        if start == 0:
-            with sharding.gathered(self.method, self.accelerator):
-                self.previews.base(self.method)
-        self._look(start)  # also where a run ended between a checkpoint and what follows it
-
-    def after(self, done: int) -> None:
-        """After `done` optimizer steps."""
-        if self._due(done, self.config.checkpoint.every):
-            self._save(done)
-        self._look(done)
-
-    def settle(self) -> None:
-        """Leaves in the model the weights that are to be used."""
-        wanted, title = self.config.validation.use_best, self.chooser.title
-        best = self.chooser.best if wanted else None
-        if best is not None:
-            self._take(best.step)
-        elif wanted:
-            self.accelerator.print(f"no {title} was finite: the last weights are taken")
-        self.averages.settle()
-        sharding.gather(self.method, self.accelerator)
-        if best is not None:
-            self.previews.render(self.method, best.step)
-
-    def _take(self, step: int) -> None:
-        try:
-            self.checkpoints.load(step, self.method.model, self.optimizer, self.averages)
-        except DamagedCheckpoint as error:
-            raise DamagedCheckpoint(
-                f"{error}. It is the best; validation.use_best=false ends with the last weights"
-            ) from None
-        self.accelerator.print(
-            f"took the weights of step {step} ({self.chooser.title} {self.chooser.value:.4f})"
-        )
-
-    def _look(self, done: int) -> None:
-        """At the weights that would be used after `done` steps."""
-        steps = self.config.train.steps
-        show = self._due(done, self.config.preview.every)
-        examine = self.examination.due(done, steps)
-        measure = self.validation.due(done, steps)
-        if not (show or examine or measure):
-            return
-        with self.averages.applied():
-            examined = self._draw(done, show, examine) if show or examine else None
-            measured = self.validation.run(self.model, done) if measure else None
-        self._keep(self.validation, measured)
-        self._keep(self.examination, examined)
-
-    def _draw(self, done: int, show: bool, examine: bool) -> Examined | None:
-        """What takes pictures."""
-        with sharding.gathered(self.method, self.accelerator):
-            if show:
-                self.previews.render(self.method, done)
-            return self.examination.run(self.method, done) if examine else None
-
-    def _keep(self, course: Course[P], found: P | None) -> None:
-        """What was found, and the checkpoint if it is the best.
-
-        The course's own file comes last: a run killed before it measures once more.
-        """
-        if found is None:
-            return
-        self.trackers.log({"step": found.step, **found.metrics()})
-        is_best: bool = self.chooser.best is found
-        if is_best:
-            self._save(found.step)
-            self._mark_best()
-        course.write(found)
-
-    def _mark_best(self) -> None:
-        best = self.chooser.best
-        if best is None:
-            self.checkpoints.mark_best(None)
-        else:
-            metric = self.config.validation.metric
-            self.checkpoints.mark_best(best.step, metric=metric, value=self.chooser.value)
-
-    def _save(self, done: int) -> None:
-        if done == self.saved:
-            return
-        self.checkpoints.save(
-            done,
-            self.method.model,
-            self.optimizer,
-            self.averages.state(),
-            meter=self.meter.state(),
-            **scaler_state(self.accelerator),
-        )
-        self.saved = done
-        self.accelerator.wait_for_everyone()
-
-    def _due(self, done: int, every: int) -> bool:
-        return due(done, every, self.config.train.steps)
-
-
-def due(done: int, every: int, steps: int) -> bool:
-    """Whether something done every so many steps (0: never) and at the last is due after `done`."""
-    return every > 0 and done > 0 and (done == steps or done % every == 0)
+def restore(
+    checkpoints: Checkpoints,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: Averages,
+    accelerator: Accelerator,
+) -> tuple[int, dict[str, Any]]:
+    """The step to go on from, 0 for a new run, and what its checkpoint holds besides tensors."""
+    start = checkpoints.restore(model, optimizer, averages)
+    require_same(start, accelerator)
+    sharding.refresh(optimizer)
+    facts = checkpoints.facts(start) if start else {}
+    if accelerator.scaler is not None and start:
+        accelerator.scaler.load_state_dict(facts["scaler"])
+    return start, facts
 
 
 def require_same(start: int, accelerator: Accelerator) -> None:
@@ -313,7 +172,3 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def images_in(micro_batches: list[MicroBatch]) -> int:
     """Images of this process, but for padding, which weighs nothing."""
     return sum(int((batch["weight"] > 0).sum()) for batch in micro_batches)
-
-
-def scaler_state(accelerator: Accelerator) -> dict[str, Any]:
-    return {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler is not None else {}

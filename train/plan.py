@@ -19,6 +19,7 @@ from train.pictures import Pictures
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from eval.in_training import Scoring
     from train.method import Pipeline
 
 _HASHED = ("unet", "vae", "text_encoder")
@@ -38,6 +39,8 @@ class Plan:
 
     base: BaseModel
     pictures: Pictures
+    scoring: Scoring | None = None
+    """The pictures that are made and scored during training."""
 
 
 def plan(
@@ -64,7 +67,9 @@ def plan(
     finished = rundir.check(config, result=result)
     _check_space(config, base, found, trainable_bytes or models.fp32_bytes(base))
     held_out = [] if finished else _check_held_out(config, found)
-    _say("\n".join([_describe(config, base, found), *held_out, *more]))
+    scoring = None if finished else _scoring(config, found)
+    scored = scoring.describe() if scoring else []
+    _say("\n".join([_describe(config, base, found), *held_out, *scored, *more]))
     if config.dry_run:
         _say_long_captions(found)
     if finished:
@@ -74,7 +79,7 @@ def plan(
         )
     elif config.dry_run:
         _say("dry run: everything checked, nothing trained")
-    return None if finished or config.dry_run else Plan(base, found)
+    return None if finished or config.dry_run else Plan(base, found, scoring)
 
 
 def start(
@@ -224,6 +229,13 @@ def _check_held_out(config: RunConfig, found: Pictures) -> list[str]:
             "validation.path= (or evaluation.path=) and a validation.every above 0, or leave it out"
         )
     return []
+
+
+def _scoring(config: RunConfig, found: Pictures) -> Scoring | None:
+    """What evaluation during training needs, all of it checked."""
+    from eval import in_training
+
+    return in_training.prepare(config, found) if config.evaluation.every else None
 
 
 def _check_held_out_tokens(config: RunConfig, held_out: Pictures) -> None:

@@ -16,6 +16,7 @@ import yaml
 
 from eval.charts import Chart, Curve, charts
 from eval.figures import number
+from eval.in_training import few, said
 from eval.report import (
     Comparison,
     Panel,
@@ -46,9 +47,11 @@ _SCORES = {
     "kid": ("KID", "kernel distance, less is better"),
     "cmmd": ("CMMD", "CLIP distance, less is better"),
     "clip_score": ("CLIP score", "likeness to the prompt, more is better"),
+    "clip_t": ("CLIP-T", "likeness to the prompt without the subject's name, more is better"),
     "clip_i": ("CLIP-I", "likeness to real pictures, more is better"),
     "dino": ("DINO", "likeness to real pictures, more is better"),
 }
+_STEPS = 8  # that are named, of more
 _PROMPTS, _TIMES = 12, 5  # previews shown: prompts, and steps of each, both evenly spread
 
 
@@ -64,6 +67,8 @@ class Run:
     lines: list[dict[str, Any]]
     validations: list[Measured]
     examinations: list[Examined]
+    unexamined: dict[int, str]
+    """Why the steps that have no scores have none."""
 
     @classmethod
     def read(cls, folder: Path, dataset: Mapping[str, Any]) -> Run:
@@ -83,6 +88,7 @@ class Run:
             ],
             overfitting.read(folder / "validation"),
             examination.read(folder / "eval" / "steps"),
+            examination.failures(folder / "eval" / "steps"),
         )
 
     def setting(self, key: str) -> Any:
@@ -159,7 +165,9 @@ def verdict(run: Run) -> str:
 
 def warnings(run: Run) -> list[str]:
     """What is wrong with the run, as sentences with a remedy."""
-    found = [_diverged(run), _overfitted(run), _starved(run), _clipped(run)] if run.lines else []
+    found = [_unexamined(run), _too_few(run)]
+    if run.lines:
+        found = [_diverged(run), _overfitted(run), _starved(run), _clipped(run), *found]
     return [sentence for sentence in found if sentence]
 
 
@@ -224,6 +232,25 @@ def _diverged(run: Run) -> str:
 def _overfitted(run: Run) -> str:
     rise = overfitting.risen(run.validations, run.metric)
     return f"{str(rise)[0].upper()}{str(rise)[1:]}." if rise else ""
+
+
+def _unexamined(run: Run) -> str:
+    if not run.unexamined:
+        return ""
+    steps = ", ".join(f"{step:,}" for step in _spread(list(run.unexamined), _STEPS))
+    last = list(run.unexamined.values())[-1]
+    return (
+        f"The pictures of {len(run.unexamined):,} steps could not be made and scored ({steps}), "
+        f"at last because of: {last}. None of these steps can be the best."
+    )
+
+
+def _too_few(run: Run) -> str:
+    if not run.examinations:
+        return ""
+    last = run.examinations[-1]
+    warning = few(run.setting("validation.metric"), last.counts)
+    return f"{warning}." if warning else ""
 
 
 def _starved(run: Run) -> str:
@@ -292,7 +319,7 @@ def _held_out(run: Run) -> list[Chart]:
     return [
         Chart(
             "Held-out loss",
-            "mean over the schedule, ± standard error",
+            "mean over the schedule, less is better, ± standard error",
             "optimizer steps",
             steps,
             [
@@ -304,7 +331,7 @@ def _held_out(run: Run) -> list[Chart]:
         ),
         Chart(
             "Held-out loss by quarter of the schedule",
-            f"% of that at step {first.step}",
+            f"% of that at step {first.step}, less is better",
             "optimizer steps",
             steps,
             [
@@ -338,11 +365,11 @@ def _scores(run: Run) -> str:
         )
         for name in names
     ]
-    return charts(
-        "Scores of generated pictures",
-        "The same prompts and seeds at every step; at step 0 those of the base.",
-        drawn,
+    counted = f"{said(found[-1].counts)}, of" if found and found[-1].counts else "Of"
+    explanation = (
+        f"{counted} the same prompts and seeds at every step; at step 0 those of the base."
     )
+    return charts("Scores of generated pictures", explanation, drawn)
 
 
 def _mark(best: int | None, steps: Sequence[float]) -> tuple[float, str] | None:

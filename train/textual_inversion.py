@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     models.store_in(pipeline, config.train.mixed_precision)
     objective = Objective.of(pipeline.scheduler, config.diffusion)
     method = TextualInversion(pipeline, objective, tokens, config.lora, seed=config.seed)
-    fit(method, batches, config, accelerator, in_training.judge(config, accelerator))
+    fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
     if accelerator.is_main_process:
         report.write(config.output)
     export.publish(method, config.output / "adapter", accelerator)
