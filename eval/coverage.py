@@ -41,9 +41,11 @@ def coverage(real: np.ndarray, generated: np.ndarray, *, neighbours: int = 3) ->
     """All four of generated features (M, d) against real ones (N, d).
 
     Balls are closed for precision and recall, open for density and coverage, as their authors'
-    programs have them. UserError for sets no larger than the number of neighbours. All depend on
-    the counts: compare only sets of equal sizes.
+    programs have them. UserError for sets no larger than the number of neighbours, ValueError for
+    values that are not finite. All depend on the counts: compare only sets of equal sizes.
     """
+    if not (np.isfinite(real).all() and np.isfinite(generated).all()):
+        raise ValueError("features hold NaN or infinity: check the pictures and extractor")
     centre = np.mean(real, axis=0, dtype=np.float64)
     real, generated = real - centre, generated - centre  # without an offset no digits are lost
     radii = _radii(real, neighbours, "real")

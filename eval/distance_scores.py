@@ -2,31 +2,72 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from eval.coverage import coverage
-from eval.estimate import NORMAL_95, Estimate
+from eval.estimate import Estimate
 from eval.figures import number
-from eval.frechet import (
-    bootstrap,
-    expected_bias,
-    fid_infinity,
-    frechet_distance,
-    small_sample_warning,
-)
+from eval.frechet import expected_bias, fid_infinity, small_sample_warning
+from eval.frechet_jackknife import jackknife
 from eval.kernel_distances import cmmd, cmmd_change, cmmd_estimate, kid, kid_change
 from eval.moments import Moments
 from eval.scores import Change, Score, Value
+from eval.significance import FEWEST
 from eval.variety import inception_score, vendi_score
 from train.config import UserError
 
-RESAMPLES = 100  # of the FID: enough for a standard deviation
-
 Arms = Mapping[str, np.ndarray]  # (N, d) each, row by row of the same prompt and seed
+JACKKNIFE = "95 %, Student's t, jackknife over prompts"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one extractor sees in the pictures."""
+
+    reference: np.ndarray
+    """(M, d), of held-out pictures."""
+    arms: Arms
+    extractor: Mapping[str, Any]
+    """Its `describe()`."""
+
+    @property
+    def smallest(self) -> int:
+        """Of the counts of pictures, the least."""
+        return min(len(self.reference), *map(len, self.arms.values()))
+
+    @property
+    def has_change(self) -> bool:
+        return {"base", "finetuned"} <= self.arms.keys()
+
+    @property
+    def where(self) -> str:
+        """The second half of how a distance was computed."""
+        n = len(next(iter(self.arms.values())))
+        return (
+            f"of {self.reference.shape[1]}-dimensional features by {self.extractor['name']}, {n} "
+            f"generated against {len(self.reference)} held-out pictures. Only to be compared where "
+            "all of these are the same."
+        )
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which pictures depend on each other: those of one label, a prompt that is a caption too."""
+
+    prompts: np.ndarray
+    """(N,)"""
+    captions: np.ndarray
+    """(M,), of the held-out pictures."""
+
+    @cached_property
+    def count(self) -> int:
+        """Different ones, of the side that has fewer."""
+        return min(len(np.unique(self.prompts)), len(np.unique(self.captions)))
 
 
 def scores(
@@ -36,6 +77,7 @@ def scores(
     groups: Sequence[int],
     of_reference: Sequence[int],
     extractor: Mapping[str, Any],
+    clip: Features | None = None,
     classes: Arms | None = None,
     seed: int = 0,
 ) -> dict[str, Score]:
@@ -43,141 +85,167 @@ def scores(
     the kernel distances, which are unbiased at any number.
 
     reference (M, d): features of held-out pictures. groups (N), of_reference (M): labels of the
-    prompts and of the held-out captions; equal labels are drawn together. classes: class
-    probabilities (N, K) of each arm, where the features are Inception's.
+    prompts and of the held-out captions; rows of equal labels depend on each other. clip: what a
+    CLIP sees in the same pictures, which CMMD is defined on; without, there is no CMMD. classes:
+    class probabilities (N, K) of each arm, where the features are Inception's.
     """
-    where = _where(reference, arms, extractor)
-    labels = np.asarray(groups), np.asarray(of_reference)
-    frechet = {"fid": fid(reference, arms, labels, where, seed=seed)}
-    if len(infinite := _infinite(reference, arms, where, seed)):
-        frechet["fid_infinity"] = infinite["fid_infinity"]
-    kernels = _kernels(reference, arms, labels, where)
-    enough = min(len(reference), *map(len, arms.values())) >= reference.shape[1]
-    first, second = (frechet, kernels) if enough else (kernels, frechet)
-    return {**first, **second, **_manifold(reference, arms, where), **_variety(arms, classes)}
-
-
-def fid(
-    reference: np.ndarray,
-    arms: Arms,
-    labels: tuple[np.ndarray, np.ndarray],
-    where: str,
-    *,
-    seed: int = 0,
-) -> Score:
-    real = Moments.of(reference)
-    values = {arm: frechet_distance(Moments.of(found), real) for arm, found in arms.items()}
-    resampled = bootstrap(
-        reference,
-        *arms.values(),
-        groups=labels[0].tolist(),
-        reference_groups=labels[1].tolist(),
-        resamples=RESAMPLES,
-        seed=seed,
+    seen, labels = (
+        Features(reference, arms, extractor),
+        Labels(*map(np.asarray, (groups, of_reference))),
     )
-    columns = dict(zip(arms, resampled.T, strict=True))
-    n, m, d = len(next(iter(arms.values()))), *reference.shape
-    bias = expected_bias(np.linalg.eigvalsh(real.cov), n, m)
-    return Score(
-        title="FID",
-        better="less",
-        values={
-            arm: _around(value, columns[arm], count=n, floor=0.0) for arm, value in values.items()
-        },
-        change=_difference(values, columns),
-        how=f"Fréchet distance in float64 (Heusel et al. 2017), {where} Two sets of these sizes "
-        f"from one distribution would score about {number(bias)}.",
-        interval="1.96 standard deviations, bootstrap over prompts",
-        warning=_doubt(values, d, n, m, bias),
-        facts={"bias_estimate": bias, "pictures": n, "references": m, "dimension": d},
+    frechet = {"fid": fid(seen, labels), **_infinite(seen, labels, seed)}
+    kernels = {"kid": kernel("kid", seen, labels), **(_cmmd(clip, labels) if clip else {})}
+    first, second = (
+        (frechet, kernels) if seen.smallest >= reference.shape[1] else (kernels, frechet)
+    )
+    return {**first, **second, **_manifold(seen), **_variety(arms, classes)}
+
+
+def fid(seen: Features, labels: Labels) -> Score:
+    """The FID of each arm, and its change."""
+    found = jackknife(
+        seen.reference,
+        *seen.arms.values(),
+        groups=labels.prompts.tolist(),
+        reference_groups=labels.captions.tolist(),
+    )
+    one = np.eye(len(seen.arms))
+    by_arm = {arm: found.estimate(*one[k]) for k, arm in enumerate(seen.arms)}
+    n, m, d = len(labels.prompts), *seen.reference.shape
+    bias = _bias(seen, n, m)
+    return _judged(
+        Score(
+            title="FID",
+            better="less",
+            values={arm: _value(each, n, floor=0.0) for arm, each in by_arm.items()},
+            how="Fréchet distance in float64 (Heusel et al. 2017), "
+            + seen.where
+            + _alike(bias, n, m, d),
+            interval=JACKKNIFE,
+            warning=_doubt([each.value for each in by_arm.values()], bias, n, m, d),
+            facts={"bias_estimate": bias, "pictures": n, "references": m, "dimension": d},
+        ),
+        labels,
+        lambda: found.estimate(*(_SIGNS.get(arm, 0.0) for arm in seen.arms)),
+        seen,
     )
 
 
-def _doubt(values: Mapping[str, float], d: int, n: int, m: int, bias: float) -> str:
-    found = [small_sample_warning(d, n, m) or ""]
-    if bias > 0.1 * min(values.values()):
-        found.append(
-            f"Two sets as small as these ({n} and {m} pictures), drawn independently from one and "
-            f"the same distribution, would already have an FID of about {number(bias)}: read the "
-            "change, not the value, and compare it only with runs of the same counts."
+def _bias(seen: Features, n: int, m: int) -> float | None:
+    """What two sets of these sizes from one distribution score, where there are pictures enough to
+    say: of fewer than dimensions the formula gives a fraction of it."""
+    if seen.smallest < seen.reference.shape[1]:
+        return None
+    return expected_bias(np.linalg.eigvalsh(Moments.of(seen.reference).cov), n, m)
+
+
+def _about(bias: float, n: int, m: int, d: int) -> str:
+    return f"{'at least ' if min(n, m) < 2 * d else ''}about {number(bias)}"
+
+
+def _alike(bias: float | None, n: int, m: int, d: int) -> str:
+    if bias is None:
+        return ""
+    return f" Two sets of these sizes from one distribution would score {_about(bias, n, m, d)}."
+
+
+def _doubt(values: Sequence[float], bias: float | None, n: int, m: int, d: int) -> str:
+    if bias is None:
+        return small_sample_warning(d, n, m) or ""
+    if bias <= 0.1 * min(values):
+        return ""
+    return (
+        f"Two sets as small as these ({n} and {m} pictures), drawn independently from one and the "
+        f"same distribution, would already have an FID of {_about(bias, n, m, d)}: read the "
+        "change, not the value, and compare it only with runs of the same counts."
+    )
+
+
+def _judged(score: Score, labels: Labels, change: Callable[[], Estimate], seen: Features) -> Score:
+    """With the change, or where there are too few prompts for one with a warning that says so."""
+    if not seen.has_change:
+        return score
+    if labels.count < FEWEST:
+        said = (
+            f"Whether it changed cannot be told from {labels.count} different prompt"
+            f"{'s' * (labels.count != 1)}: use at least {FEWEST}."
         )
-    return " ".join(filter(None, found))
+        return replace(score, warning=" ".join(filter(None, [score.warning, said])))
+    moved = change()
+    if not moved.known:
+        return score
+    return replace(score, change=Change(moved.value, moved.low, moved.high))
 
 
-def _infinite(reference: np.ndarray, arms: Arms, where: str, seed: int) -> dict[str, Score]:
+def _infinite(seen: Features, labels: Labels, seed: int) -> dict[str, Score]:
     try:
-        found = {arm: fid_infinity(rows, reference, seed=seed) for arm, rows in arms.items()}
+        found = {
+            arm: fid_infinity(rows, seen.reference, groups=labels.prompts.tolist(), seed=seed)
+            for arm, rows in seen.arms.items()
+        }
     except UserError:
         return {}  # too few pictures
     return {
         "fid_infinity": Score(
             title="FID∞",
             better="less",
-            values={arm: Value(e.value, e.low, e.high) for arm, e in found.items()},
+            values={arm: _value(each, len(labels.prompts)) for arm, each in found.items()},
             how="FID of ever more pictures, extrapolated to infinitely many (Chong and Forsyth "
-            f"2020), {where}",
-            interval="1.96 standard errors, of the pictures and of the extrapolation",
+            f"2020), {seen.where}",
+            interval="95 %, Student's t, of the prompts and of the extrapolation; the held-out "
+            "pictures as they are",
         )
     }
 
 
-def _kernels(
-    reference: np.ndarray, arms: Arms, labels: tuple[np.ndarray, np.ndarray], where: str
-) -> dict[str, Score]:
-    """KID and CMMD, whose unbiased estimators may be a little below 0."""
-    found: dict[str, Score] = {}
-    against = {"groups_of_b": labels[1]}
-    for name, title, of, how in (
-        ("kid", "KID", lambda rows: kid(rows, reference, groups=labels[0], **against), _KID),
-        (
-            "cmmd",
-            "CMMD",
-            lambda rows: cmmd_estimate(rows, reference, groups=labels[0], **against),
-            _CMMD.format("unbiased"),
+def kernel(name: str, seen: Features, labels: Labels) -> Score:
+    """KID or CMMD, whose unbiased estimators may be a little below 0."""
+    title, of, change, how = _KERNELS[name]
+    together = {"groups": labels.prompts, "groups_of_b": labels.captions}
+    values = {
+        arm: _value(of(rows, seen.reference, **together), len(rows))
+        for arm, rows in seen.arms.items()
+    }
+    score = Score(title, "less", values, how=how + seen.where, interval=JACKKNIFE)
+    return _judged(
+        score,
+        labels,
+        lambda: change(
+            seen.arms["base"],
+            seen.arms["finetuned"],
+            seen.reference,
+            groups=labels.prompts,
+            reference_groups=labels.captions,
         ),
-    ):
-        found[name] = Score(
-            title=title,
-            better="less",
-            values={arm: _value(of(rows), len(rows)) for arm, rows in arms.items()},
-            change=_changed(_CHANGES[name], reference, arms, labels),
-            how=how + where,
-            interval="1.96 standard errors, jackknife over prompts",
-        )
-    biased = {arm: Value(cmmd(rows, reference).biased) for arm, rows in arms.items()}
-    found["cmmd_biased"] = Score(
-        title="CMMD, biased",
-        better="less",
-        values=biased,
-        how=_CMMD.format("the published, biased estimator") + where,
+        seen,
     )
-    return found
 
 
-def _changed(
-    change: Callable[..., Estimate],
-    reference: np.ndarray,
-    arms: Arms,
-    labels: tuple[np.ndarray, np.ndarray],
-) -> Change | None:
-    if not {"base", "finetuned"} <= arms.keys():
-        return None
-    rows = arms["base"], arms["finetuned"]
-    moved = change(*rows, reference, groups=labels[0], reference_groups=labels[1])
-    known = math.isfinite(moved.standard_error)  # not of a single prompt
-    return Change(moved.value, moved.low, moved.high) if known else None
+def _cmmd(seen: Features, labels: Labels) -> dict[str, Score]:
+    biased = {arm: Value(cmmd(rows, seen.reference).biased) for arm, rows in seen.arms.items()}
+    return {
+        "cmmd": kernel("cmmd", seen, labels),
+        "cmmd_biased": Score(
+            title="CMMD, biased",
+            better="less",
+            values=biased,
+            how=_CMMD.format("the published, biased estimator") + seen.where,
+        ),
+    }
 
 
-def _value(found: Estimate, count: int) -> Value:
-    known = math.isfinite(found.standard_error)
-    return Value(found.value, found.low if known else None, found.high if known else None, count)
+def _value(found: Estimate, count: int, *, floor: float | None = None) -> Value:
+    """With the interval, where it is known; `floor`: what is never less."""
+    if not found.known:
+        return Value(found.value, n=count)
+    low = found.low if floor is None else max(found.low, min(floor, found.value))
+    return Value(found.value, low, found.high, count)
 
 
-def _manifold(reference: np.ndarray, arms: Arms, where: str) -> dict[str, Score]:
-    smallest = min(len(reference), *map(len, arms.values()))
-    if smallest <= 10:
+def _manifold(seen: Features) -> dict[str, Score]:
+    if seen.smallest <= 10:
         return {}
-    found = {arm: coverage(reference, rows) for arm, rows in arms.items()}
+    found = {arm: coverage(seen.reference, rows) for arm, rows in seen.arms.items()}
     about = {
         "precision": "Share of the generated pictures that lie among the held-out ones",
         "recall": "Share of the held-out pictures that lie among the generated ones",
@@ -189,8 +257,8 @@ def _manifold(reference: np.ndarray, arms: Arms, where: str) -> dict[str, Score]
             title=name.capitalize(),
             better="more",
             values={arm: Value(float(getattr(each, name))) for arm, each in found.items()},
-            how=f"{said} ({_SOURCES[name]}, 3 neighbours), {where}",
-            warning="" if smallest >= 100 else f"Of {smallest} pictures only: rough.",
+            how=f"{said} ({_SOURCES[name]}, 3 neighbours), {seen.where}",
+            warning="" if seen.smallest >= 100 else f"Of {seen.smallest} pictures only: rough.",
         )
         for name, said in about.items()
     }
@@ -217,34 +285,16 @@ def _variety(arms: Arms, classes: Arms | None) -> dict[str, Score]:
     return found
 
 
-def _where(reference: np.ndarray, arms: Arms, extractor: Mapping[str, Any]) -> str:
-    n = len(next(iter(arms.values())))
-    return (
-        f"of {reference.shape[1]}-dimensional features by {extractor['name']}, {n} generated "
-        f"against {len(reference)} held-out pictures. Only to be compared where all of these are "
-        "the same."
-    )
-
-
-def _around(value: float, resampled: np.ndarray, *, count: int, floor: float) -> Value:
-    half = NORMAL_95 * float(resampled.std(ddof=1))
-    return Value(value, max(value - half, min(floor, value)), value + half, count)
-
-
-def _difference(values: Mapping[str, float], columns: Mapping[str, np.ndarray]) -> Change | None:
-    if not {"base", "finetuned"} <= values.keys():
-        return None
-    moved = values["finetuned"] - values["base"]
-    half = NORMAL_95 * float((columns["finetuned"] - columns["base"]).std(ddof=1))
-    return Change(moved, moved - half, moved + half)
-
-
-_CHANGES: Mapping[str, Callable[..., Estimate]] = {"kid": kid_change, "cmmd": cmmd_change}
 _KID = "Unbiased squared MMD with the polynomial kernel (Bińkowski et al. 2018), "
 _CMMD = (
     "Squared MMD with a Gaussian kernel of width 10 on unit-normalised embeddings, times 1000 "
     "(Jayasumana et al. 2024), {}, "
 )
+_KERNELS: Mapping[str, tuple[str, Callable[..., Estimate], Callable[..., Estimate], str]] = {
+    "kid": ("KID", kid, kid_change, _KID),
+    "cmmd": ("CMMD", cmmd_estimate, cmmd_change, _CMMD.format("unbiased")),
+}
+_SIGNS = {"base": -1.0, "finetuned": 1.0}  # of the change
 _SOURCES = {
     "precision": "Kynkäänniemi et al. 2019",
     "recall": "Kynkäänniemi et al. 2019",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-import numpy as np
-
-NORMAL_95 = 1.96
-"""Standard errors on either side of a 95 % interval."""
+from eval.significance import student
 
 
 class Estimate(NamedTuple):
@@ -15,17 +13,24 @@ class Estimate(NamedTuple):
 
     value: float
     standard_error: float
+    """NaN where it cannot be known."""
+    freedom: float = math.inf
+    """Degrees of freedom of the error: of how many prompts it is, less one."""
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return math.isfinite(self.standard_error)
 
     @property
     def low(self) -> float:
         """The lower end of the 95 % interval; not cut at 0, where unbiased distances go too."""
-        return self.value - NORMAL_95 * self.standard_error
+        return self.value - self._half
 
     @property
     def high(self) -> float:
-        return self.value + NORMAL_95 * self.standard_error
+        return self.value + self._half
 
-    @classmethod
-    def around(cls, value: float, resampled: np.ndarray) -> Estimate:
-        """The value itself with the spread of its bootstrap (resamples,), whose mean is ignored."""
-        return cls(value, float(np.std(resampled, ddof=1)))
+    @property
+    def _half(self) -> float:
+        return student(0.975, self.freedom) * self.standard_error if self.known else math.nan

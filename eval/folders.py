@@ -158,12 +158,14 @@ def _scores(made: np.ndarray, real: np.ndarray, extractor: Extractor) -> dict[st
     from eval import distance_scores
 
     rows = list(range(len(made) + len(real)))
+    seen = distance_scores.Features(real, {"finetuned": made}, extractor.describe())
     return distance_scores.scores(
-        real,
-        {"finetuned": made},
+        seen.reference,
+        seen.arms,
         groups=rows[: len(made)],
         of_reference=rows[len(made) :],
-        extractor=extractor.describe(),
+        extractor=seen.extractor,
+        clip=seen if hasattr(extractor, "texts") else None,  # else it is no CLIP
     )
 
 

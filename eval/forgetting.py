@@ -43,6 +43,10 @@ GENERAL = (
 )
 
 
+_LEAST_SHARE = 0.01  # of what prompts change: a seed that changes less changes nothing
+_ROUNDING = 1e-9  # of a cosine distance, of features in float32
+
+
 @dataclass(frozen=True)
 class Forgetting:
     """Cosine distances between pictures of the same prompt."""
@@ -53,7 +57,11 @@ class Forgetting:
     """Mean distance between the base's pictures of one prompt by different seeds; prompts count
     alike."""
     relative: np.ndarray
-    """(N,): distances by the yardstick; their mean is the figure to report. NaN without one."""
+    """(N,): distances by the yardstick. NaN without one."""
+    by_prompt: np.ndarray
+    """(G,): their mean over prompts is the figure to report, and their spread that of the ratio,
+    whose yardstick varies with the prompts too: the jackknife's values (Cochran, 1977, Sampling
+    Techniques, section 6.17)."""
 
 
 def forgetting(
@@ -78,18 +86,44 @@ def forgetting(
     if len(others) not in (0, len(before)):
         raise ValueError(f"{len(others)} pictures by other seeds for {len(before)}")
     distances = 1 - (before * after).sum(1)
-    yardstick = _between_seeds(before, others, names)
+    yardsticks = _between_seeds(before, others, names)  # (G,)
+    known = yardsticks[~np.isnan(yardsticks)]
+    yardstick = float(known.mean()) if len(known) else float("nan")
+    moved = np.array([distances[index].mean() for index in members(names).values()])
     # A base that ignores its seed has no yardstick: nothing is as different as another seed.
-    relative = distances / (yardstick if yardstick > 1e-12 else float("nan"))
-    return Forgetting(distances, yardstick, relative)
+    if not yardstick > _least_yardstick(before, names):
+        none = np.full_like(distances, np.nan), np.full_like(moved, np.nan)
+        return Forgetting(distances, yardstick, *none)
+    own = np.where(np.isnan(yardsticks), yardstick, yardsticks)
+    return Forgetting(distances, yardstick, distances / yardstick, _by_prompt(moved, own))
 
 
-def _between_seeds(base: np.ndarray, others: np.ndarray, groups: Sequence[Hashable]) -> float:
-    """Mean over prompts of the mean distance between pictures by different seeds."""
+def _by_prompt(moved: np.ndarray, yardsticks: np.ndarray) -> np.ndarray:
+    """The jackknife's values (G,) of the ratio of the means of these (G,), around that ratio."""
+    ratio = moved.mean() / yardsticks.mean()
+    others = (yardsticks.sum() - yardsticks) / max(1, len(yardsticks) - 1)
+    # A prompt that has all of the yardstick leaves nothing to divide by.
+    away = (moved - ratio * yardsticks) / np.maximum(others, yardsticks.mean() / 4)
+    return ratio + away - away.mean()
+
+
+def _between_seeds(base: np.ndarray, others: np.ndarray, groups: Sequence[Hashable]) -> np.ndarray:
+    """Of each prompt (G,), the mean distance between pictures by different seeds; NaN of a single
+    picture."""
     means = []
     for index in members(groups).values():
         rows = np.concatenate([base[index], others[index]] if len(others) else [base[index]])
-        if len(rows) > 1:
-            first, second = np.triu_indices(len(rows), 1)
-            means.append(float((1 - (rows[first] * rows[second]).sum(1)).mean()))
-    return float(np.mean(means)) if means else float("nan")
+        first, second = np.triu_indices(len(rows), 1)
+        between = 1 - (rows[first] * rows[second]).sum(1)
+        means.append(float(between.mean()) if len(between) else float("nan"))
+    return np.array(means)
+
+
+def _least_yardstick(base: np.ndarray, groups: Sequence[Hashable]) -> float:
+    """A share of the mean distance between the base's pictures (N, d) of different prompts."""
+    means = np.array([base[index].mean(0) for index in members(groups).values()])
+    count, total = len(means), means.sum(0)
+    if count < 2:
+        return _ROUNDING
+    cosine = (total @ total - (means * means).sum()) / (count * (count - 1))  # of all pairs
+    return max(_ROUNDING, _LEAST_SHARE * (1 - float(cosine)))

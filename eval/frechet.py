@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of features, its small-sample bias and its spread.
+"""The Fréchet distance between two sets of features, its small-sample bias and FID-infinity.
 
 FID (Heusel et al., 2017, arXiv:1706.08500, eq. 6) is this distance on image features:
 |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). Everything here is float64 on the CPU.
@@ -52,7 +52,12 @@ def frechet_from_features(a: np.ndarray | Moments, b: np.ndarray | Moments) -> f
 
 
 def fid_infinity(
-    features: np.ndarray, reference: np.ndarray | Moments, *, seed: int = 0, points: int = 15
+    features: np.ndarray,
+    reference: np.ndarray | Moments,
+    *,
+    groups: Sequence[int] | None = None,
+    seed: int = 0,
+    points: int = 15,
 ) -> Estimate:
     """The distance of features (N, d) to the reference, extrapolated to N = infinity.
 
@@ -60,9 +65,10 @@ def fid_infinity(
     `points` subsets: the whole, and all parts of random cuts into 2, 3, ... equal ones. Parts have
     1.5 pictures per dimension or more; UserError where there are not pictures for four such parts.
 
-    The standard error is that of the distance's linear part over the pictures, and beside it what a
-    parabola would give in place of the line. It is for the reference as it is: the reference's own
-    bias stays, as in the paper. It errs to the wide side for sets nearly alike.
+    The standard error is that of the distance's linear part over the labels in `groups` (N,), say
+    the prompts, or else over the pictures, and beside it what a parabola would give in place of the
+    line. It is for the reference as it is: the reference's own bias stays, as in the paper. It errs
+    to the wide side for sets nearly alike.
     """
     features = np.asarray(features, dtype=np.float64)
     reference = reference if isinstance(reference, Moments) else Moments.of(reference)
@@ -73,8 +79,8 @@ def fid_infinity(
         of_parts = [frechet_distance(Moments.of(features[rows]), reference) for rows in pieces]
         rises.append(float(np.mean(of_parts)) - value)
     straight, bent = _slopes(np.array(rises))
-    sampled = _influence(features, whole, reference).std(ddof=1) / np.sqrt(len(features))
-    return Estimate(value - straight, float(np.hypot(sampled, straight - bent)))
+    sampled, count = _error(_influence(features, whole, reference), groups)
+    return Estimate(value - straight, float(np.hypot(sampled, straight - bent)), count - 1)
 
 
 def expected_bias(spectrum: int | np.ndarray, n: int, m: int | None = None) -> float:
@@ -104,42 +110,8 @@ def small_sample_warning(dimension: int, n: int, m: int) -> str | None:
     )
 
 
-def bootstrap(
-    reference: np.ndarray,
-    *generated: np.ndarray,
-    groups: Sequence[int] | None = None,
-    reference_groups: Sequence[int] | None = None,
-    resamples: int = 100,
-    seed: int = 0,
-) -> np.ndarray:
-    """Distances (resamples, len(generated)) of resampled sets (N, d) to the reference (M, d).
-
-    Every generated set is resampled alike, so columns are paired. Whole groups are drawn, one label
-    per row: say the prompt. Where a group has reference pictures too (the prompt is their caption)
-    they are drawn with it, as they share its content. Without labels all rows are independent.
-
-    A naive bootstrap of this distance is biased upward, as repeated rows lower the covariance's
-    rank: use it for the spread (`Estimate.around`), never for the centre.
-    """
-    rng = np.random.default_rng(seed)
-    n, m = len(generated[0]), len(reference)
-    labels = np.arange(n) if groups is None else np.asarray(groups)
-    of_reference = np.arange(n, n + m) if reference_groups is None else np.asarray(reference_groups)
-    alone = np.setdiff1d(of_reference, labels)
-    rows, rows_of_reference = _members(labels), _members(of_reference)
-    routes = [_route(features, reference) for features in generated]
-    distances = np.empty((resamples, len(generated)))
-    for distance in distances:
-        drawn = rng.choice(list(rows), size=len(rows))
-        others = rng.choice(alone, size=len(alone)) if len(alone) else alone
-        chosen = _gather(rows, drawn)
-        against = _gather(rows_of_reference, np.concatenate([drawn, others]))
-        distance[:] = [route.distance(chosen, against) for route in routes]
-    return distances
-
-
 class _FewSamples:
-    """Distances between rows of two sets, with repeats, from inner products that are taken once."""
+    """Distances between rows of two sets, from inner products that are taken once."""
 
     def __init__(self, a: np.ndarray, b: np.ndarray) -> None:
         if min(len(a), len(b)) < 2:
@@ -149,19 +121,17 @@ class _FewSamples:
         self.products = self.a @ self.b.T  # (N, M)
 
     def distance(self, rows_a: np.ndarray, rows_b: np.ndarray) -> float:
-        """Of the rows with these indices; a repeated one is one row with a greater weight."""
-        (i, p), (j, q) = _weights(rows_a), _weights(rows_b)
-        a, b = self.a[i], self.b[j]
-        mean_a, mean_b = p @ a, q @ b
-        products = self.products[np.ix_(i, j)]
-        products = products - (products @ q)[:, None] - p @ products + p @ products @ q
-        unbiased_a, unbiased_b = (len(rows) / (len(rows) - 1) for rows in (rows_a, rows_b))
-        scaled = np.sqrt(p * unbiased_a)[:, None] * products * np.sqrt(q * unbiased_b)
-        cross = np.linalg.svd(scaled, compute_uv=False).sum()
-        trace_a = unbiased_a * (p @ (a - mean_a) ** 2).sum()
-        trace_b = unbiased_b * (q @ (b - mean_b) ** 2).sum()
+        """Of the rows with these indices, each once."""
+        a, b = self.a[rows_a], self.b[rows_b]
+        mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
+        products = self.products[np.ix_(rows_a, rows_b)]
+        centred = products - products.mean(axis=1)[:, None] - products.mean(axis=0)
+        centred += products.mean()
+        by_a, by_b = len(a) - 1, len(b) - 1
+        cross = np.linalg.svd(centred, compute_uv=False).sum() / np.sqrt(by_a * by_b)
+        traces = ((a - mean_a) ** 2).sum() / by_a + ((b - mean_b) ** 2).sum() / by_b
         offset = mean_a - mean_b
-        return float(offset @ offset + trace_a + trace_b - 2.0 * cross)
+        return float(offset @ offset + traces - 2.0 * cross)
 
 
 class _ManySamples:
@@ -174,7 +144,8 @@ class _ManySamples:
         return frechet_distance(Moments.of(self.a[rows_a]), Moments.of(self.b[rows_b]))
 
 
-def _route(a: np.ndarray, b: np.ndarray) -> _FewSamples | _ManySamples:
+def route(a: np.ndarray, b: np.ndarray) -> _FewSamples | _ManySamples:
+    """The cheaper way to the distances of many parts of features (N, d) and (M, d)."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     few = min(len(a), len(b)) < a.shape[1]
     return _FewSamples(a, b) if few else _ManySamples(a, b)
@@ -236,6 +207,17 @@ def _influence(features: np.ndarray, whole: Moments, reference: Moments) -> np.n
     return np.concatenate(influence)
 
 
+def _error(influence: np.ndarray, groups: Sequence[int] | None) -> tuple[float, int]:
+    """The standard error of the mean of influences (N,), those of one label together, and of how
+    many labels it is; NaN of one."""
+    centred = (influence - influence.mean()) / len(influence)
+    labels = range(len(influence)) if groups is None else groups
+    _, index = np.unique(np.asarray(labels), return_inverse=True)
+    sums = np.bincount(index, weights=centred)
+    count = len(sums)
+    return float(np.sqrt((sums**2).sum() * count / (count - 1))) if count > 1 else np.nan, count
+
+
 def _factor(moments: Moments) -> np.ndarray:
     """F (d, r) with F F^T the covariance: Cholesky's where it has full rank, else by `eigh`."""
     cov = moments.cov
@@ -258,16 +240,3 @@ def _noise(values: np.ndarray) -> float:
 
 def _sum_of_roots(symmetric: np.ndarray) -> float:
     return float(np.sqrt(np.linalg.eigvalsh(symmetric).clip(min=0.0)).sum())
-
-
-def _weights(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    different, counts = np.unique(rows, return_counts=True)
-    return different, counts / len(rows)
-
-
-def _members(labels: np.ndarray) -> dict[int, np.ndarray]:
-    return {int(label): np.flatnonzero(labels == label) for label in np.unique(labels)}
-
-
-def _gather(members: dict[int, np.ndarray], drawn: np.ndarray) -> np.ndarray:
-    return np.concatenate([members[int(k)] for k in drawn if int(k) in members])

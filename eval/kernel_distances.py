@@ -145,8 +145,7 @@ class Discrepancy:
         up to 1.41 times too wide where they do not. Taking it off once would be unbiased, but then
         intervals of few pictures hold the truth too seldom: errors and values go together.
         """
-        variance = _variance(self.by_a, self.by_b, groups, groups_of_b)
-        return Estimate(self.unbiased, float(np.sqrt(variance)))
+        return _estimate(self.unbiased, self.by_a, self.by_b, groups, groups_of_b)
 
 
 def change(
@@ -157,18 +156,20 @@ def change(
     What the prompts and the second set do to both alike drops out of the error.
     """
     by_a, by_b = after.by_a - before.by_a, after.by_b - before.by_b
-    variance = _variance(by_a, by_b, groups, groups_of_b)
-    return Estimate(after.unbiased - before.unbiased, float(np.sqrt(variance)))
+    return _estimate(after.unbiased - before.unbiased, by_a, by_b, groups, groups_of_b)
 
 
 def mmd(a: np.ndarray, b: np.ndarray, kernel: Kernel) -> Discrepancy:
-    """MMD^2 of features (N, d) and (M, d) under a kernel; UserError below two rows each."""
+    """MMD^2 of features (N, d) and (M, d) under a kernel; UserError below two rows each,
+    ValueError for values that are not finite."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features are {a.shape} and {b.shape}, expected (N, d) and (M, d)")
     n, m = len(a), len(b)
     if min(n, m) < 2:
         raise UserError(f"KID and CMMD need at least 2 pictures a side, not {n} and {m}: use more")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("features hold NaN or infinity: check the pictures and extractor")
     aa, bb, ab = _within(a, kernel), _within(b, kernel), _between(a, b, kernel)
     sum_aa, sum_bb, across = aa.rows.sum(), bb.rows.sum(), 2 * ab.rows.sum() / (n * m)
     unbiased = sum_aa / (n * (n - 1)) + sum_bb / (m * (m - 1)) - across
@@ -221,13 +222,17 @@ def _blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _variance(by_a: np.ndarray, by_b: np.ndarray, groups: Labels, groups_of_b: Labels) -> float:
-    """Of the sum of what rows contribute, those of one label together; NaN for a single label."""
+def _estimate(
+    value: float, by_a: np.ndarray, by_b: np.ndarray, groups: Labels, groups_of_b: Labels
+) -> Estimate:
+    """With the error of the sum of what rows contribute, those of one label together; NaN for a
+    single label."""
     labels, of_b = _labels(groups, groups_of_b, len(by_a), len(by_b))
     by_a, by_b = by_a * _small_sample(labels), by_b * _small_sample(of_b)
     _, index = np.unique(np.concatenate([labels, of_b]), return_inverse=True)
     sums = np.bincount(index, weights=np.concatenate([by_a, by_b]))
-    return float((sums**2).sum())
+    freedom = min(len(np.unique(labels)), len(np.unique(of_b))) - 1
+    return Estimate(value, float(np.sqrt((sums**2).sum())), freedom)
 
 
 def _labels(a: Labels, b: Labels, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:

@@ -120,7 +120,8 @@ def quick_scores(found: Evidence) -> dict[str, float]:
         pictures = found.embedded.pictures["features"]["finetuned"]
         reference = found.embedded.real("features", "held_out")
         values["kid"] = kid(pictures, reference).value
-        values["cmmd"] = cmmd(pictures, reference).unbiased
+        clip = found.embedded.pictures["clip"]
+        values["cmmd"] = cmmd(clip["finetuned"], clip["held_out"]).unbiased
         values["fid"] = frechet_from_features(pictures, reference)
     return values
 

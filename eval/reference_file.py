@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.moments import Moments
 from train.config import UserError
 
@@ -68,13 +70,26 @@ def read(path: str | Path) -> tuple[Moments, dict[str, Any]]:
         ) from None
 
 
-def _moments(about: Mapping[str, Any], mean: Any, m2: Any) -> Moments:
-    dimension = int(about["extractor"]["dimension"])
+def _moments(about: Any, mean: Any, m2: Any) -> Moments:
+    dimension, n = _described(about)
     if mean.shape != (dimension,) or m2.shape != (dimension, dimension):
         raise ValueError(f"shapes {mean.shape} and {m2.shape}")
+    if not (np.isfinite(mean).all() and np.isfinite(m2).all()):
+        raise ValueError("NaN or infinity in it")
     moments = Moments(0)
-    moments.n, moments.mean, moments.m2 = int(about["n"]), mean, m2
+    moments.n, moments.mean, moments.m2 = n, mean.astype(np.float64), m2.astype(np.float64)
     return moments
+
+
+def _described(about: Any) -> tuple[int, int]:
+    """Dimension and number of pictures; ValueError where they or the extractor are not told."""
+    extractor = about.get("extractor") if isinstance(about, dict) else None
+    if not isinstance(extractor, dict) or not all(key in extractor for key in _ALIKE):
+        raise ValueError("no extractor described")
+    dimension, n = extractor["dimension"], about.get("n")
+    if type(dimension) is not int or type(n) is not int or n < 2:
+        raise ValueError(f"of {n} pictures in {dimension} dimensions")
+    return dimension, n
 
 
 def _named(extractor: Mapping[str, Any], key: str) -> str:

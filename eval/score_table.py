@@ -18,7 +18,7 @@ MEANING = {
     "fid_infinity": "the same, as of endless pictures",
     "kid": "distance to the held-out pictures",
     "cmmd": "distance to the held-out pictures",
-    "cmmd_unbiased": "the same, without its bias",
+    "cmmd_biased": "the same, with the bias of published ones",
     "precision": "share that could be real",
     "recall": "share of the real variety",
     "density": "how densely around real ones",

@@ -17,7 +17,9 @@ import numpy as np
 
 from eval.figures import number
 
-_FEWEST = 6  # groups with which p <= 0.05 is possible at all: 2 / 2**6, but 2 / 2**5 is above
+FEWEST = 6
+"""Groups with which p <= 0.05 is possible at all: 2 / 2**6, but 2 / 2**5 is above."""
+
 _EXACT = 14  # groups that differ, up to which all signs are tried: 8,192 halves of 16,384
 _DRAWS = 10_000
 _AT_ONCE = 4_000_000  # drawn numbers held: 32 MB
@@ -169,7 +171,7 @@ def smallest_detectable(
     means = _group_means(differences, groups)
     if 2.0 ** (1 - len(means)) > alpha:
         return math.inf
-    quantiles = _student(1 - alpha / 2, len(means) - 1) + _student(power, len(means) - 1)
+    quantiles = student(1 - alpha / 2, len(means) - 1) + student(power, len(means) - 1)
     return quantiles * float(means.std(ddof=1)) / math.sqrt(len(means))
 
 
@@ -179,13 +181,25 @@ def hint(differences: np.ndarray, groups: Groups | None = None, *, what: str = "
     least = smallest_detectable(differences, groups)
     if math.isinf(least):
         few = f"{count} {what.removesuffix('s') if count == 1 else what}"
-        return f"With {few} no difference can be told from chance; use at least {_FEWEST}."
+        return f"With {few} no difference can be told from chance; use at least {FEWEST}."
     if not least:
         return f"All {count} {what} differ alike, so what could be seen cannot be said."
     return (
         f"With {count} {what} you can see differences of about {number(least)}; {4 * count} {what} "
         "would show half of that."
     )
+
+
+@cache
+def student(probability: float, freedom: float) -> float:
+    """The quantile of Student's t; its density is cos(a)^(freedom - 1) in a = atan(t / sqrt f)."""
+    if freedom > 10_000:  # as good as normal, and too narrow for the angles below
+        return NormalDist().inv_cdf(probability)
+    angles = np.linspace(-np.pi / 2, np.pi / 2, 40_001)
+    density = np.cos(angles) ** (freedom - 1)
+    summed = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    angle = np.interp(probability, summed / summed[-1], angles)
+    return float(math.sqrt(freedom) * np.tan(angle))
 
 
 def probability(p: float, *, equals: bool = False) -> str:
@@ -224,8 +238,8 @@ def _studentised(
         ratios.append(drawn.mean(axis=1) / np.maximum(spread, floor))
     tail = (1 - level) / 2
     low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
-    student = _student(1 - tail, count - 1)
-    return min(float(low), -student), max(float(high), student)
+    least = student(1 - tail, count - 1)
+    return min(float(low), -least), max(float(high), least)
 
 
 def _sign_flips(differences: np.ndarray, seed: int) -> float:
@@ -257,13 +271,3 @@ def _blocks(total: int, width: int) -> Iterator[int]:
     most = max(1, _AT_ONCE // width)
     for start in range(0, total, most):
         yield min(most, total - start)
-
-
-@cache
-def _student(probability: float, freedom: int) -> float:
-    """The quantile of Student's t; its density is cos(a)^(freedom - 1) in a = atan(t / sqrt f)."""
-    angles = np.linspace(-np.pi / 2, np.pi / 2, 40_001)
-    density = np.cos(angles) ** (freedom - 1)
-    summed = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    angle = np.interp(probability, summed / summed[-1], angles)
-    return float(math.sqrt(freedom) * np.tan(angle))

@@ -16,7 +16,11 @@ def inception_score(probabilities: np.ndarray, splits: int = 1) -> float:
     of 5,000 pictures each are the published convention.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
-    if probabilities.ndim != 2 or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-4):
+    if (
+        probabilities.ndim != 2
+        or not (probabilities >= 0).all()
+        or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-4)
+    ):
         raise ValueError("inception_score wants rows (N, K) of probabilities that sum to 1")
     if not 1 <= splits <= len(probabilities):
         raise UserError(f"splits={splits} of {len(probabilities)} pictures: use fewer splits")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from train.config import Section, UserError, command, load
 
 DataPart = Literal["decode", "planning", "reading", "memory", "edit"]
-MetricsPart = Literal["streaming", "frechet", "resampling", "pairs"]
+MetricsPart = Literal["streaming", "frechet", "intervals", "pairs"]
 
 
 class DataBenchmark(Section):
@@ -41,7 +41,7 @@ class MetricsBenchmark(Section):
     """JSON file for the figures; by default they are only printed."""
     quick: bool = False
     """A tenth or less of the work: figures to try it out, not to quote."""
-    parts: list[MetricsPart] = ["streaming", "frechet", "resampling", "pairs"]
+    parts: list[MetricsPart] = ["streaming", "frechet", "intervals", "pairs"]
     """What to measure."""
 
 

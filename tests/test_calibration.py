@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from eval.distance_scores import Features, Labels, fid, kernel
+from eval.forgetting import forgetting
+from eval.frechet import fid_infinity
+from eval.moments import Moments
+from eval.scores import Score
 from eval.significance import interval, paired, share, smallest_detectable
+from eval.subject_scores import alike, forgotten
 
 Scores = Callable[[np.random.Generator, np.ndarray], np.ndarray]
 """Of each picture, from what its prompt adds: how easy the prompt is for any model."""
@@ -149,3 +155,162 @@ def test_intervals_of_a_preference_cover(prompts, raters):
         votes = (rng.random(len(groups)) < liked) * 1.0
         hits += _holds(share(np.where(rng.random(len(groups)) < 0.2, 0.6, votes), groups), 0.6)
     assert 910 <= hits <= 990
+
+
+# Distances between sets, likenesses of real pictures and forgetting
+
+
+@dataclass(frozen=True)
+class World:
+    """Features of held-out pictures and of models that are given their captions."""
+
+    dimension: int
+    prompts: int
+    pictures: int
+    """Of each prompt, by each model."""
+
+    @property
+    def label(self) -> str:
+        return f"| {self.dimension} | {self.prompts} | {self.pictures} |"
+
+    def draw(self, rng: np.random.Generator) -> tuple[Features, Features, Labels]:
+        """Base and an equal model; base and one that is nearer, more so on some prompts."""
+        # Variances fall as those of real features where there are many.
+        scale = 1 / np.sqrt(np.arange(1, self.dimension + 1)) if self.dimension > 8 else 1
+        prompts = np.repeat(range(self.prompts), self.pictures)
+        content = rng.normal(size=(self.prompts, self.dimension))
+        captions = np.arange(self.prompts)
+
+        def pictures(groups: np.ndarray, shift: np.ndarray | float) -> np.ndarray:
+            rows = scale * (content[groups] + rng.normal(size=(len(groups), self.dimension)))
+            rows[:, 0] += shift
+            rows[:, 1] += 3  # cosines of a CLIP are not around 0
+            return rows
+
+        real, base, equal = (pictures(x, y) for x, y in ((captions, 0), (prompts, 1), (prompts, 1)))
+        nearer = pictures(prompts, rng.exponential(0.4, size=self.prompts)[prompts])
+        both = (
+            Features(real, {"base": base, "finetuned": tuned}, {"name": "toy"})
+            for tuned in (equal, nearer)
+        )
+        return (*both, Labels(prompts, captions))
+
+
+WORLDS = [
+    World(8, 6, 4),
+    World(8, 10, 1),
+    World(8, 25, 4),
+    World(8, 100, 1),
+    World(64, 6, 4),
+    World(64, 10, 4),
+    World(64, 25, 1),
+    World(64, 40, 1),
+]
+DISTANCES: dict[str, Callable[[Features, Labels], Score]] = {
+    "FID": fid,
+    "KID": lambda seen, labels: kernel("kid", seen, labels),
+    "CMMD": lambda seen, labels: kernel("cmmd", seen, labels),
+}
+
+
+def simulate_distance(name: str, world: World, comparisons: int) -> Found:
+    """The true value of a distance at this size is its mean over all draws."""
+    rng = np.random.default_rng([world.dimension, world.prompts, world.pictures])
+    of, rejected, values, changes = DISTANCES[name], [], [], []
+    for _ in range(comparisons):
+        equal, nearer, labels = world.draw(rng)
+        first, second = of(equal, labels), of(nearer, labels)
+        rejected.append(first.improved != 0)
+        values.append(first.values["base"])
+        changes.append(second.change)
+    return Found(100 * float(np.mean(rejected)), _covered(values), _covered(changes))
+
+
+def _covered(found: list, truth: float | None = None) -> float:
+    """Percent of intervals that hold the truth, or else the mean of all."""
+    true = float(np.mean([each.value for each in found])) if truth is None else truth
+    return 100 * float(np.mean([_holds(each, true) for each in found]))
+
+
+@pytest.mark.slow
+def test_distances_tell_equal_models_apart_in_no_more_than_9_percent_and_their_intervals_cover():
+    wrong = []
+    print("\n| dimensions | prompts | pictures | told apart | value covered | change covered |")
+    for world in WORLDS:
+        found = [simulate_distance(name, world, 400) for name in DISTANCES]
+        columns = ([getattr(each, key) for each in found] for key in ("rejected", "mean", "change"))
+        print(world.label, " | ".join(" / ".join(f"{x:.1f}" for x in c) for c in columns), "|")
+        # Wider than needed where models are equal: the jackknife counts what is of pairs twice.
+        if any(each.rejected > 9 or min(each.mean, each.change) < 88 for each in found):
+            wrong.append(world)
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_few_simulated_comparisons_of_distances_already_show_it(name):
+    found = simulate_distance(name, World(4, 8, 2), 120)
+    assert found.rejected <= 9 and min(found.mean, found.change) >= 88
+
+
+def _views(rng: np.random.Generator, count: int, *, typical: bool) -> np.ndarray:
+    """Photos of one subject, all as like it or some less."""
+    rows = rng.normal(size=(count, 32))
+    rows[:, 0] += 3 if typical else rng.exponential(6, count)
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typical", [True, False])
+@pytest.mark.parametrize("count", [5, 8, 20])
+def test_likenesses_of_real_pictures_and_of_copies_are_covered(count, typical):
+    rng = np.random.default_rng([count, typical])
+    real, copies, alone = [], [], []
+    for _ in range(1000):
+        held_out, training = (_views(rng, size, typical=typical) for size in (count, 6))
+        pictures, said = (
+            {"base": training, "finetuned": training},
+            {"title": "x", "against": "base"},
+        )
+        score, _ = alike(pictures, range(6), held_out=held_out, training=training, **said)
+        real.append(score.values["real"])
+        copies.append(score.values["training"])
+        nothing = training[:0]
+        score, _ = alike(pictures, range(6), held_out=nothing, training=held_out, **said)
+        alone.append(score.values["training"])
+    rates = [_covered(found) for found in (real, copies, alone)]
+    print(f"\n{count} pictures, {'alike' if typical else 'unlike'}: {rates}")
+    assert all(91 <= rate <= 99.5 for rate in rates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("prompts", "pictures"), [(25, 4), (100, 1)])
+def test_fid_infinity_is_covered(prompts, pictures):
+    rng, groups = np.random.default_rng(prompts), np.repeat(range(prompts), pictures)
+    reference, found = Moments(2), []
+    reference.n, reference.m2 = 10**9, 5.0 * np.eye(2) * (10**9 - 1)
+    for seed in range(400):
+        rows = 2 * rng.normal(size=(prompts, 2))[groups] + rng.normal(size=(len(groups), 2))
+        found.append(fid_infinity(rows + [2, 0], reference, groups=groups.tolist(), seed=seed))
+    rate = _covered(found, 4.0)
+    print(f"\n{prompts} prompts x {pictures}: {rate}")
+    assert 91 <= rate <= 99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("another_seed", [True, False])
+@pytest.mark.parametrize("prompts", [8, 24])
+def test_forgetting_is_covered(prompts, another_seed):
+    rng = np.random.default_rng([prompts, another_seed])
+
+    def features(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        content = rng.normal(size=(count, 32)) * rng.exponential(1.5, (count, 1))
+        base, other, moved = (content + rng.normal(size=(count, 32)) for _ in range(3))
+        return base, moved if another_seed else 0.7 * base + 0.3 * moved, other
+
+    base, moved, other = features(100_000)
+    truth = forgetting(base, moved, other_seeds=other).relative.mean()
+    rate = _covered(
+        [forgotten(*features(prompts))[0].values["finetuned"] for _ in range(1000)], truth
+    )
+    print(f"\n{prompts} prompts, {truth:.2f}: {rate}")
+    assert 91 <= rate <= 99

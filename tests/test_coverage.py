@@ -79,6 +79,15 @@ def test_too_few_pictures_are_refused():
         coverage(_features(1, 10), _features(2, 3))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_no_numbers_are_refused(value):
+    broken = _features(2, 10)
+    broken[3, 2] = value
+    for pair in ((_features(1, 10), broken), (broken, _features(1, 10))):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            coverage(*pair)
+
+
 def test_no_matrix_of_all_pairs_is_held(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 1 << 18)
     a, b = _features(1, 3000), _features(2, 3000)

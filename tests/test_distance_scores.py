@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from eval.distance_scores import scores
+from eval.distance_scores import Features, scores
 from eval.frechet import frechet_from_features
+from eval.kernel_distances import cmmd
 from eval.prompt_scores import clip_score
 from eval.verdicts import judge, warnings
 
@@ -18,7 +19,14 @@ def _world(shift: float, follow: float, n: int = 160, d: int = 8):
         "finetuned": noise + follow * texts + np.eye(d)[0] * shift,
     }
     reference = rng.normal(size=(n, d)) + rng.normal(size=(n, d))
-    found = scores(reference, arms, groups=range(n), of_reference=range(n), extractor=DESCRIBED)
+    found = scores(
+        reference,
+        arms,
+        groups=range(n),
+        of_reference=range(n),
+        extractor=DESCRIBED,
+        clip=Features(reference, arms, DESCRIBED),
+    )
     unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
     cosines = {arm: (unit(rows) * unit(texts)).sum(1) for arm, rows in arms.items()}
     return found | {"clip_score": clip_score(cosines, list(range(n)))}, reference, arms
@@ -85,3 +93,62 @@ def test_one_set_alone_has_values_and_no_change():
     )
     assert all(score.change is None for score in found.values())
     assert abs(found["kid"].values["finetuned"].value) < 0.5
+
+
+def _equal(prompts: int, pictures: int, d: int = 4, seed: int = 0, **more):
+    """Base and fine-tuned model of one distribution, 1 away from the reference."""
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(range(prompts), pictures)
+    rows = [rng.normal(size=(prompts * pictures, d)) + shift for shift in (0, 1, 1)]
+    return scores(
+        rows[0],
+        {"base": rows[1], "finetuned": rows[2]},
+        groups=groups.tolist(),
+        of_reference=groups.tolist(),
+        extractor=DESCRIBED,
+        clip=Features(rows[0] + 3, {"base": rows[1] + 3, "finetuned": rows[2] + 3}, DESCRIBED),
+        **more,
+    )
+
+
+def test_of_one_prompt_nothing_is_sure():
+    for seed in range(3):
+        for name, score in _equal(1, 16, seed=seed).items():
+            assert score.change is None and score.improved == 0, name
+            assert all(v.low is None and v.high is None for v in score.values.values()), name
+
+
+def test_below_6_prompts_there_are_wide_intervals_and_no_change_and_that_is_said():
+    few, enough = _equal(5, 4), _equal(6, 4)
+    for name in ("fid", "kid", "cmmd"):
+        assert few[name].change is None and enough[name].change is not None
+        assert "cannot be told from 5 different prompts: use at least 6" in few[name].warning
+        assert "cannot be told" not in enough[name].warning
+        assert few[name].values["base"].low < few[name].values["base"].value
+
+
+def test_cmmd_is_of_what_a_clip_sees_and_left_out_without_one():
+    rng = np.random.default_rng(0)
+    arms = {"finetuned": rng.normal(size=(20, 8))}
+    seen = Features(
+        rng.normal(size=(12, 5)), {"finetuned": rng.normal(size=(20, 5))}, {"name": "C"}
+    )
+    labels = {"groups": range(20), "of_reference": range(20, 32), "extractor": DESCRIBED}
+    found = scores(rng.normal(size=(12, 8)), arms, clip=seen, **labels)
+    expected = cmmd(seen.arms["finetuned"], seen.reference)
+    assert found["cmmd"].values["finetuned"].value == pytest.approx(expected.unbiased)
+    assert found["cmmd_biased"].values["finetuned"].value == pytest.approx(expected.biased)
+    assert "5-dimensional features by C" in found["cmmd"].how
+    assert "8-dimensional features by toy" in found["kid"].how
+    without = scores(rng.normal(size=(12, 8)), arms, **labels)
+    assert "kid" in without and not any(name.startswith("cmmd") for name in without)
+
+
+@pytest.mark.parametrize(("pictures", "said"), [(60, "about "), (20, "at least about "), (8, None)])
+def test_what_equal_sets_would_score_is_said_as_surely_as_it_is_known(pictures, said):
+    score = _equal(pictures, 1, d=12)["fid"]
+    if said is None:
+        assert score.facts["bias_estimate"] is None and "would score" not in score.how
+        assert "mostly small-sample bias" in score.warning
+    else:
+        assert f"would score {said}" in score.how and score.facts["bias_estimate"] > 0

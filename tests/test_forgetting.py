@@ -45,6 +45,29 @@ def test_prompts_count_alike_however_many_pictures_they_have():
     assert forgetting(pictures, pictures, [0, 0, 1, 1, 1, 1]).yardstick == pytest.approx(0.5)
 
 
+def test_values_by_prompt_average_to_the_ratio_and_vary_with_both_of_its_parts(base):
+    rng = np.random.default_rng(1)
+    found = forgetting(base, base + 0.5 * rng.normal(size=base.shape), PROMPTS)
+    assert found.by_prompt.mean() == pytest.approx(found.relative.mean())
+    with_each_left_out = []
+    for prompt in range(10):
+        kept = [k for k in range(20) if PROMPTS[k] != prompt]
+        rest = np.array(PROMPTS)[kept].tolist()
+        moved = (base + 0.5 * np.random.default_rng(1).normal(size=base.shape))[kept]
+        with_each_left_out.append(forgetting(base[kept], moved, rest).relative.mean())
+    jackknife = np.sqrt(9 * np.var(with_each_left_out))
+    assert found.by_prompt.std(ddof=1) / np.sqrt(10) == pytest.approx(jackknife, rel=0.1)
+    swapped = base.reshape(10, 2, 6)[:, ::-1].reshape(20, 6)
+    np.testing.assert_allclose(forgetting(base, swapped, PROMPTS).by_prompt, 1)
+
+
+def test_a_seed_that_changes_a_hundredth_of_what_prompts_do_is_no_yardstick(base):
+    first, rng = base[::2], np.random.default_rng(2)
+    nearly, clearly = (first + noise * rng.normal(size=first.shape) for noise in (0.01, 0.3))
+    assert np.isnan(forgetting(first, nearly, other_seeds=nearly).by_prompt).all()
+    assert forgetting(first, clearly, other_seeds=clearly).by_prompt.mean() == pytest.approx(1)
+
+
 def test_without_another_seed_there_is_no_yardstick(base):
     found = forgetting(base, base[::-1])
     assert np.isnan(found.relative).all() and np.isfinite(found.distances).all()

@@ -7,10 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.image.fid import FrechetInceptionDistance, _compute_fid
 
-from eval.estimate import Estimate
 from eval.frechet import (
     Moments,
-    bootstrap,
     expected_bias,
     fid_infinity,
     frechet_distance,
@@ -157,43 +155,6 @@ def test_bias_of_unequal_counts_and_spectrum_matches_simulation():
     assert expected_bias(spectrum, 300, 900) == pytest.approx(np.mean(draws), rel=0.08)
 
 
-def test_bootstrap_is_seeded_paired_and_keeps_groups_together():
-    reference, a = _features(1, 60, d=4), _features(2, 40, d=4)
-    first = bootstrap(reference, a, a, resamples=5, seed=3)
-    assert (first[:, 0] == first[:, 1]).all()
-    assert (first == bootstrap(reference, a, a, resamples=5, seed=3)).all()
-    tied = bootstrap(a, a, groups=range(40), reference_groups=range(40), resamples=5)
-    assert tied == pytest.approx(0, abs=1e-5)
-    pairs = np.repeat(a, 2, axis=0)
-    together = bootstrap(reference, pairs, groups=[k // 2 for k in range(80)], resamples=60)
-    apart = bootstrap(reference, pairs, resamples=60)
-    assert together.std() > apart.std()
-
-
-@pytest.mark.parametrize(("n", "d"), [(40, 100), (150, 6)])
-def test_bootstrap_equals_the_distances_of_the_drawn_rows(n, d):
-    reference, a, b = _features(1, n, d), _features(2, n, d), _features(3, n, d)
-    groups = [k // 3 for k in range(n)]
-    got = bootstrap(reference, a, b, groups=groups, resamples=2, seed=5)
-    rng, last = np.random.default_rng(5), groups[-1]
-    for distances in got:
-        drawn = rng.choice(range(last + 1), size=last + 1)
-        rows = np.concatenate([np.flatnonzero(np.equal(groups, k)) for k in drawn])
-        against = rng.choice(np.arange(n, 2 * n), size=n) - n
-        expected = [_fid(features[rows], reference[against]) for features in (a, b)]
-        assert distances == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(("n", "d"), [(60, 100), (150, 6)])
-def test_the_naive_bootstrap_is_biased_upward_so_the_interval_stands_on_the_value(n, d):
-    reference, a = np.split(_features(1, 2 * n, d), 2)
-    value, resampled = _fid(a, reference), bootstrap(reference, a, resamples=60)[:, 0]
-    assert resampled.mean() > value + resampled.std()
-    estimate = Estimate.around(value, resampled)
-    assert (estimate.low + estimate.high) / 2 == pytest.approx(value)
-    assert estimate.high - estimate.low == pytest.approx(3.92 * resampled.std(ddof=1))
-
-
 def _population(spectrum: np.ndarray) -> Moments:
     return _gaussian(np.zeros(len(spectrum)), np.diag(spectrum), n=10**9)
 
@@ -214,6 +175,22 @@ def test_fid_infinity_finds_the_distance_of_the_distributions_and_its_error(shif
     assert held >= 0.9
     spread = np.std([estimate.value for estimate in estimates])
     assert 0.8 < np.median([estimate.standard_error for estimate in estimates]) / spread < 2
+
+
+def test_fid_infinity_knows_which_pictures_are_of_one_prompt():
+    values, apart, together = [], [], []
+    reference, prompts = _population(np.ones(2)), np.repeat(range(25), 4)
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        rows = rng.normal(size=(25, 2))[prompts] + 0.3 * rng.normal(size=(100, 2)) + 1
+        found = fid_infinity(rows, reference, groups=prompts.tolist())
+        values.append(found.value)
+        together.append(found.standard_error)
+        apart.append(fid_infinity(rows, reference).standard_error)
+        assert found.freedom == 24
+    assert np.median(together) / np.std(values) == pytest.approx(1, abs=0.2)
+    assert np.median(apart) < 0.8 * np.std(values)
+    assert not fid_infinity(rows, reference, groups=[0] * 100).known
 
 
 def test_fid_infinity_is_seeded_and_takes_a_reference_as_features_or_moments():

@@ -3,9 +3,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from eval.features import find_clip, find_extractor, load_extractor
-from eval.inception import Inception
+from eval.frechet import frechet_from_features
+from eval.inception import FEATURES, MEAN, STD, Inception
+from eval.kernel_distances import kid
 from eval.resizing import legacy_tf
 from train.config import UserError
 
@@ -199,3 +203,36 @@ def test_an_inception_is_no_clip_and_other_files_are_no_extractor(file, tmp_path
     (tmp_path / "model.onnx").write_bytes(b"")
     with pytest.raises(UserError, match="model.onnx is no extractor: give an Inception file"):
         find_extractor(tmp_path / "model.onnx")
+
+
+class Reduced(torch.nn.Module):
+    """Our network in float64 on levels (B, 3, H, W), and some of its features: torchmetrics' matrix
+    root is only exact to 1e-6 where there are more pictures than features."""
+
+    num_features = 12
+
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.network = Inception().double().eval().requires_grad_(False)
+        self.network.load_state_dict(state)
+
+    def forward(self, levels: torch.Tensor) -> torch.Tensor:
+        features = self.network((levels.double() - MEAN) / STD)
+        return features[:, :: FEATURES // self.num_features][:, : self.num_features]
+
+
+def test_fid_and_kid_agree_with_torchmetrics_on_the_features_of_this_network(state):
+    module = Reduced(state)
+    rng = np.random.default_rng(3)
+    # Scenes of unlike brightness, the second set darker; 80 pixels are enough for the layers.
+    means = [rng.uniform(60, most, size=(24, 3, 1, 1)) for most in (200, 150)]
+    levels = [mean + rng.normal(scale=40, size=(24, 3, 80, 80)) for mean in means]
+    real, made = (torch.from_numpy(x.clip(0, 255).astype(np.uint8)) for x in levels)
+    fid = FrechetInceptionDistance(feature=module).set_dtype(torch.float64)
+    kernel = KernelInceptionDistance(feature=module, subsets=1, subset_size=24)
+    for metric in (fid, kernel.set_dtype(torch.float64)):
+        metric.update(real, real=True)
+        metric.update(made, real=False)
+    ours = [module(pictures).numpy() for pictures in (made, real)]
+    assert frechet_from_features(*ours) == pytest.approx(float(fid.compute()), rel=1e-6)
+    assert kid(*ours).value == pytest.approx(float(kernel.compute()[0]), rel=1e-6)

@@ -140,6 +140,13 @@ def test_without_labels_rows_are_independent():
         kid(a, b, groups=[0, 1])
 
 
+def test_the_interval_is_students_of_the_fewer_labels():
+    a, b = _features(1, 20, shift=0.4), _features(2, 12)
+    found = kid(a, b, groups=[k // 5 for k in range(20)])  # 4 prompts: t of 3 is 3.182
+    assert found.freedom == 3 and kid(a, b).freedom == 11
+    assert found.high - found.value == pytest.approx(3.1824 * found.standard_error, rel=1e-3)
+
+
 @pytest.mark.parametrize("change", [kid_change, cmmd_change])
 def test_a_change_is_surer_than_its_two_distances(change):
     found = []
@@ -157,7 +164,8 @@ def test_a_change_is_surer_than_its_two_distances(change):
     assert values[-1] == pytest.approx(
         distance(after, reference).value - distance(before, reference).value
     )
-    assert change(before, before, reference) == (0, 0)
+    assert change(before, before, reference)[:2] == (0, 0)
+    assert change(before, before, reference).freedom == 39
 
 
 def test_cmmd_of_one_point_sets_is_the_closed_form():
@@ -177,6 +185,11 @@ def test_too_few_pictures_and_unlike_dimensions_are_refused():
         cmmd(_features(1, 5), _features(2, 1))
     with pytest.raises(ValueError, match="expected"):
         kid(_features(1, 5), _features(2, 5, d=9))
+    broken = _features(1, 5)
+    broken[2, 3] = np.nan
+    for pair in ((broken, _features(2, 5)), (_features(2, 5), broken)):
+        with pytest.raises(ValueError, match="NaN"):
+            kid(*pair)
 
 
 def test_no_matrix_of_all_pairs_is_held():

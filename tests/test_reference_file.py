@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -65,6 +67,27 @@ def test_what_is_no_reference_file_is_refused(tmp_path):
     save(path, _moments(1), CLIP)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        load(path, CLIP)
+
+
+@pytest.mark.parametrize(
+    ("about", "m2"),
+    [
+        ([1], np.eye(6)),
+        ({"n": 5}, np.eye(6)),
+        ({"extractor": {"dimension": 6}, "n": 5}, np.eye(6)),
+        ({"extractor": CLIP, "n": 1}, np.eye(6)),
+        ({"extractor": CLIP, "n": "5"}, np.eye(6)),
+        ({"extractor": CLIP | {"dimension": "6"}, "n": 5}, np.eye(6)),
+        ({"extractor": CLIP, "n": 5}, np.full((6, 6), np.nan)),
+        ({"extractor": CLIP, "n": 5}, np.eye(7)),
+    ],
+)
+def test_a_file_that_does_not_say_what_it_is_of_or_holds_no_numbers_is_refused(tmp_path, about, m2):
+    path = tmp_path / "reference.safetensors"
+    header = {"format": "sd-atelier reference 1", "about": json.dumps(about)}
+    save_file({"mean": np.zeros(6), "m2": m2}, path, metadata=header)
     with pytest.raises(UserError, match="damaged"):
         load(path, CLIP)
 

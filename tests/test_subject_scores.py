@@ -3,6 +3,7 @@ import pytest
 
 from eval import subject_scores
 from eval.prompt_scores import label, of_pictures
+from eval.subject import likeness, real_likeness
 
 
 def _views(count: int, centre: int, seed: int, d: int = 16) -> np.ndarray:
@@ -53,6 +54,76 @@ def test_diversity_is_of_the_pictures_of_one_prompt():
     assert score.values["finetuned"].value == pytest.approx(0, abs=1e-12)
     assert score.change.high < 0
     assert subject_scores.varied(arms, list(range(40)), against="base") is None
+
+
+def test_diversity_says_of_how_many_pictures_and_prompts_it_is():
+    arms = {"base": _views(21, 0, 1), "finetuned": _views(21, 0, 2)}
+    groups = [k // 4 for k in range(20)] + [9]  # the last prompt has one picture
+    score = subject_scores.varied(arms, groups, against="base")
+    assert (score.facts["prompts"], score.facts["pictures"]) == (5, 20)
+    assert score.values["base"].n == 20
+
+
+def _deleted(statistic, *, count: int) -> float:
+    """The textbook's jackknife error."""
+    values = np.array([statistic([k for k in range(count) if k != j]) for j in range(count)])
+    return np.sqrt((count - 1) * values.var())
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_real_pictures_and_copies_have_the_errors_of_leaving_pictures_out(held_out):
+    real, training = _views(7, 0, 3), _views(5, 0, 4)
+    score, _ = subject_scores.alike(
+        _arms(),
+        GROUPS,
+        held_out=real if held_out else real[:0],
+        training=training if held_out else real,
+        title="DINO",
+        against="base",
+    )
+    ceiling = _deleted(lambda kept: real_likeness(real[kept]).mean(), count=7)
+    value = score.values["real"]
+    assert value.high - value.value == pytest.approx(2.4469 * ceiling, rel=1e-3)  # t of 6
+    copy = score.values["training"]
+    if held_out:
+        by_real = _deleted(lambda kept: likeness(training, real[kept]).mean(), count=7)
+        by_training = _deleted(lambda kept: likeness(training[kept], real).mean(), count=5)
+        expected = 2.7764 * np.hypot(by_real, by_training)  # t of 4
+    else:  # each against all others and, always alike, itself
+        expected = 6 / 7 * 2.4469 * ceiling
+    assert copy.high - copy.value == pytest.approx(expected, rel=1e-3)
+    assert copy.value == pytest.approx(likeness(training if held_out else real, real).mean())
+    assert "jackknife over pictures" in score.interval
+
+
+def test_two_real_pictures_have_a_likeness_and_no_interval():
+    score, _ = subject_scores.alike(
+        _arms(),
+        GROUPS,
+        held_out=_views(2, 0, 3),
+        training=_views(1, 0, 4),
+        title="x",
+        against="base",
+    )
+    for arm in ("real", "training"):
+        assert score.values[arm].low is None and score.values[arm].value > 0.5
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
+def test_where_seeds_change_nothing_the_distances_are_not_called_shares(noise):
+    rng = np.random.default_rng(0)
+    base, moved = rng.normal(size=(6, 5)), rng.normal(size=(6, 5))
+    score, distances = subject_scores.forgotten(base, moved, base + noise * rng.normal(size=(6, 5)))
+    value = score.values["finetuned"]
+    assert value.value == pytest.approx(np.mean(distances)) and value.low is None
+    assert "as a share" not in score.how and "nothing to measure by" in score.warning
+
+
+def test_forgetting_is_never_said_to_be_negative():
+    base, other = _views(8, 0, 0), _views(8, 0, 1)
+    base_but_one = np.concatenate([other[:1], base[1:]])
+    value = subject_scores.forgotten(base, base_but_one, other)[0].values["finetuned"]
+    assert value.low == 0 < value.value < value.high
 
 
 def test_forgetting_is_in_units_of_another_seed():

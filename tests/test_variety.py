@@ -41,8 +41,10 @@ def test_splits_are_scored_apart_and_averaged():
     assert inception_score(probabilities, splits=2) == pytest.approx(np.mean(parts))
     with pytest.raises(UserError, match="splits=31"):
         inception_score(probabilities, splits=31)
-    with pytest.raises(ValueError, match="sum to 1"):
-        inception_score(2 * probabilities)
+    negative, unknown = np.array([[1.5, -0.5], [0.5, 0.5]]), np.array([[np.nan, 1.0]])
+    for wrong in (2 * probabilities, negative, unknown):
+        with pytest.raises(ValueError, match="sum to 1"):
+            inception_score(wrong)
 
 
 @settings(max_examples=25, deadline=None)

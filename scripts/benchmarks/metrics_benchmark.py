@@ -97,13 +97,13 @@ def frechet(scale: list[int]) -> dict[str, Any]:
     return {"dimension": size.dimension, "few": size.few, "many": len(real), "seconds": figures}
 
 
-def resampling(scale: list[int]) -> dict[str, Any]:
-    """The bootstrap of an evaluation: two arms, 100 resamples, CLIP's features."""
-    from eval.frechet import bootstrap
+def intervals(scale: list[int]) -> dict[str, Any]:
+    """How sure an evaluation is: the jackknife of two arms, CLIP's features."""
+    from eval.frechet_jackknife import jackknife
 
     size = Scale(*scale)
     sets = [_features(seed, size.few, size.clip) for seed in range(3)]
-    figures = _repeated(partial(bootstrap, *sets, resamples=100), size.rounds)
+    figures = _repeated(partial(jackknife, *sets), size.rounds)
     return {"pictures": size.few, "dimension": size.clip, "seconds": figures}
 
 
@@ -157,9 +157,9 @@ def _frechet_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield f"the same of {few} pictures to {few}", _span(times["few_to_few"]), ""
 
 
-def _resampling_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _interval_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     size = f"{result['pictures']} pictures in {result['dimension']} dimensions"
-    yield f"100 resamples of two FIDs, {size}, seconds", _span(result["seconds"]), ""
+    yield f"intervals of two FIDs, {size}, seconds", _span(result["seconds"]), ""
 
 
 def _pairs_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -171,6 +171,6 @@ def _pairs_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str, str]]]] = {
     "streaming": _streaming_rows,
     "frechet": _frechet_rows,
-    "resampling": _resampling_rows,
+    "intervals": _interval_rows,
     "pairs": _pairs_rows,
 }
