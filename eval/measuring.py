@@ -249,7 +249,9 @@ def _copies(found: Evidence, *, seed: int) -> Memorisation | None:
 def _suspicion(copies: Memorisation | None) -> verdicts.Copying:
     if copies is None:
         return "no"
-    return "yes" if copies.flagged else "maybe" if copies.doubtful else "no"
+    # Of other prompts than real captions it is not known how near a good answer comes.
+    doubtful = copies.doubtful and copies.prompted
+    return "yes" if copies.flagged else "maybe" if doubtful else "no"
 
 
 def _read(paths: Sequence[Path]) -> list[np.ndarray]:

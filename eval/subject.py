@@ -13,10 +13,15 @@ import numpy as np
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Rows (N, d) at unit length, float64; a row of zeros stays one, and is unlike all others."""
+    """Rows (N, d) at unit length, float64; a row of zeros stays one, and is unlike all others.
+
+    Raises ValueError for another shape, and for NaN or infinity.
+    """
     rows = np.asarray(features, np.float64)
     if rows.ndim != 2:
         raise ValueError(f"features are of shape {rows.shape}, not (pictures, dimension)")
+    if wrong := int((~np.isfinite(rows)).any(1).sum()):
+        raise ValueError(f"{wrong} of {len(rows)} pictures have features that are not finite")
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(lengths > 0, lengths, 1)
 
