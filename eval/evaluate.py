@@ -154,7 +154,8 @@ def _settings(config: RunConfig, pipeline: Any, result: Path, given: Given) -> d
 def _print_summary(metrics: dict[str, Any], report: Path) -> None:
     from eval.presentation import console
 
-    print(f"\n{console(metrics)}\n\n{metrics['verdict']}")
+    word = {"keep": "Keep it", "unclear": "In doubt", "leave": "Leave it"}[metrics["keep"]]
+    print(f"\n{console(metrics)}\n\n{word}: {metrics['verdict']}")
     for warning in metrics["warnings"]:
         print(f"note: {warning}")
     print(f"\n{report}")

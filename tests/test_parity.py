@@ -181,7 +181,7 @@ def recorded(entry: str, args: list[str]) -> tuple[Weights, list[Batch]]:
     seen: list = []
     fit = loop.fit
 
-    def recording(method, batches, config, accelerator):
+    def recording(method, batches, config, accelerator, judge):
         named = method.model.named_parameters()
         seen.append({n: p.detach().clone() for n, p in named if p.requires_grad})
         seen.append([joined(micro_batches) for micro_batches in batches(0)])

@@ -78,9 +78,12 @@ def test_exactly_the_damaged_and_the_missing_are_made_again(make, made):
     paths[4].unlink()
     made.clear()
     make("prompt=a dog", "count=5")
-    assert made == [0, 2, 4]
-    assert np.abs(pixels(paths) - pixels(make("prompt=a dog", "count=5"))).max() == 0
-    assert [paths[k].read_bytes() for k in (1, 3)] == [before[1], before[3]]
+    assert made == [0, 1, 2, 3, 4]  # in whole batches, or a picture would have other bits
+    assert [path.read_bytes() for path in paths] == before
+    made.clear()
+    paths[4].unlink()
+    make("prompt=a dog", "count=5")
+    assert made == [4]
 
 
 def own_picture(folder, name):

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from eval import evaluate
+from eval import generating
 from eval.generation import to_uint8
 from eval.inputs import find_result, read_run
 from scripts import generate
@@ -278,7 +278,7 @@ def test_generate_takes_the_adapter_folder(world, pivotal, tmp_path):
 def test_an_evaluation_reads_the_run_and_takes_its_adapter(world, pivotal):
     config = read_run(pivotal, [])
     assert isinstance(config, textual_inversion.TextualInversionRun)
-    finetuned = evaluate.apply(find_result(pivotal), models.load_pipeline(str(world / "base")))
+    finetuned = generating.apply(find_result(pivotal), models.load_pipeline(str(world / "base")))
     assert np.array_equal(picture(finetuned, PROMPTS[1], 1), preview(pivotal, 1))
 
 
