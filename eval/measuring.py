@@ -176,10 +176,10 @@ def _texts(found: Evidence, rows: Rows) -> dict[str, Score]:
 def _lost(found: Evidence) -> dict[str, Score]:
     """What training may have cost: variety, the class, everything else."""
     scores: dict[str, Score] = {}
-    arms = found.embedded.of(found.space, MAIN)
-    spread = subject_scores.varied(arms, found.groups, against=found.against)
-    if spread is not None:
-        scores["diversity"] = spread
+    if found.given.subject:
+        arms = found.embedded.of(found.space, MAIN)
+        spread = subject_scores.varied(arms, found.groups, against=found.against)
+        scores |= {"diversity": spread} if spread is not None else {}
     real, space = found.subject(found.space), found.embedded.pictures[found.space]
     if found.plan.prior and len(real):
         scores["prior_preservation"] = subject_scores.class_kept(
