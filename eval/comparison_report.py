@@ -246,7 +246,7 @@ def _sentence(tests: Sequence[Test], first: str, second: str) -> str:
     for test in clear:
         by_words.setdefault(_worded(test), []).append(f"{test.title} {_moved(test)}")
     said = [f"{words} ({'; '.join(moved)})" for words, moved in by_words.items()]
-    rest = "; nothing else differs clearly" if len(clear) < len(tests) else ""
+    rest = "; no other paired score differs clearly" if len(clear) < len(tests) else ""
     return f"{second} {' and '.join(said)}{rest}."
 
 

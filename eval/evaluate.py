@@ -14,6 +14,7 @@ each other without a run. Keys are those of runs/NAME/config.yaml, above all:
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ def main(arguments: list[str]) -> None:
     check_text_to_image(inspect(config.model), "this command")
     result = inputs.find_result(run)
     given = inputs.gather(config)
+    _say_beforehand(run, given)
     with writing_to(run / "eval"):
         metrics = evaluate(config, run, result, given)
         if metrics:
@@ -114,11 +116,25 @@ def write(metrics: dict[str, Any], folder: Path, given: Given) -> None:
 
 def usage() -> str:
     lines = [
-        f"  evaluation.{name}  ({'required' if field.default is None else field.default})\n"
-        f"      {field.description}"
+        f"  evaluation.{name}  ({field.default})\n      {field.description}"
         for name, field in fields(EvaluationConfig)
     ]
     return "\n".join([(__doc__ or "").strip(), "", *lines])
+
+
+def _say_beforehand(run: Path, given: Given) -> None:
+    """What is better known before the pictures are made."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for note in given.notes:
+        print(f"note: {note}")
+    try:
+        before = json.loads((run / "eval" / "metrics.json").read_text("utf-8"))
+        protocol = before["settings"]["protocol"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if protocol != given.name:
+        print(f"note: this replaces the run's evaluation with evaluation.protocol={protocol}")
 
 
 def _load_base(config: RunConfig, device: Any) -> Any:
@@ -158,6 +174,9 @@ def _print_summary(metrics: dict[str, Any], report: Path) -> None:
     print(f"\n{console(metrics)}\n\n{word}: {metrics['verdict']}")
     for warning in metrics["warnings"]:
         print(f"note: {warning}")
+    by_class = [s["title"] for s in metrics["scores"].values() if s["against"] == "base_class"]
+    if by_class:
+        print(f"change: from the base with the class's words for {', '.join(by_class)}")
     print(f"\n{report}")
 
 

@@ -38,7 +38,7 @@ class FoldersConfig(Section):
     """Folder of metrics.json, scores.csv and report.html; default: eval beside `images`."""
     save_reference: Path | None = None
     """A .safetensors file to keep the reference's statistics in."""
-    cache: Path = Path("cache")
+    cache: Path = Path("runs/cache")
     """Folder of pictures' features."""
     evaluation: EvaluationConfig = EvaluationConfig(clip=TOY_CLIP)
     """What looks at the pictures, evaluation.features or evaluation.clip; default: the toy CLIP."""

@@ -104,7 +104,7 @@ def small_sample_warning(dimension: int, n: int, m: int) -> str | None:
     if smaller >= dimension:
         return None
     return (
-        f"FID is measured on {smaller} pictures in {dimension} dimensions: its value is mostly "
+        f"FID is measured on {n} and {m} pictures in {dimension} dimensions: its value is mostly "
         f"small-sample bias. Compare only numbers of equal counts, and use at least {dimension} "
         "pictures for a value to quote."
     )

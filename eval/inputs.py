@@ -14,6 +14,7 @@ from train.config import (
     DreamBoothRun,
     EvaluationConfig,
     RunConfig,
+    TextualInversionRun,
     UserError,
     load,
 )
@@ -104,6 +105,11 @@ def gather(config: RunConfig) -> Given:
         )
     subject, noun = _names(config)
     notes: list[str] = []
+    if subject is None and isinstance(config, DreamBoothRun | TextualInversionRun):
+        notes.append(
+            "What prompts call the subject could not be told from the run, so likeness was not "
+            "measured: give evaluation.subject= and evaluation.noun=."
+        )
     held_out = read_held_out(config, subject) if settings.path else []
     return Given(
         protocol=_protocol(settings, subject, noun),

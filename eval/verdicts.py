@@ -119,7 +119,7 @@ def _agree(leading: Score, text: Score) -> bool:
 def _moved(score: Score) -> str:
     after = score.values["finetuned"].value
     if score.change is None:
-        return number(after)
+        return f"{number(after)}, too few prompts to tell"
     before = after - score.change.value
     return f"{number(before)} to {number(after)}{_share(score, before, after)}"
 
@@ -133,7 +133,9 @@ def _share(score: Score, before: float, after: float) -> str:
         return (
             ", as like as real pictures" if way > 0.99 else f", {way:.0%} of the way to real ones"
         )
-    return f", {signed(100 * (after - before) / before, '.1f')} %" if before > 0 else ""
+    if min(before, after) <= 0:  # as unbiased distances can be
+        return ""
+    return f", {signed(100 * (after - before) / before, '.1f')} %"
 
 
 def warnings(*, prompts: int, cut_prompts: int) -> list[str]:

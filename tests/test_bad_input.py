@@ -169,7 +169,7 @@ def test_a_plan_says_what_is_scored_how_often_and_how_surely(world, scored, tmp_
     assert (
         "scores   8 pictures of 25 sampling steps against 3 real ones, every 2 steps, 5 times: "
         "kid, cmmd, fid, clip_score\n"
-        "note     FID is measured on 3 pictures in 60 dimensions"
+        "note     FID is measured on 8 and 3 pictures in 60 dimensions"
     ) in capsys.readouterr().out
     lora.main([*values, "validation.metric=kid"])
     assert "validation.metric=kid of 8 pictures against 3" in capsys.readouterr().out

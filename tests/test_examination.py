@@ -421,7 +421,7 @@ def test_the_report_shows_the_course_of_every_score_and_the_best_step(tmp_path):
     assert "FID, Fréchet distance, less is better, over optimizer steps" in page
     assert "CLIP-T, likeness to the prompt" in page and "<h3>other one</h3>" in page
     assert "8 pictures against 256 real ones, of the same prompts" in page
-    assert "FID is measured on 8 pictures in 768 dimensions" in page
+    assert "FID is measured on 8 and 256 pictures in 768 dimensions" in page
     assert page.count("best: step 20") == 3
     assert page.index("<h2>Curves") < page.index("<h2>Scores of generated pictures")
 

@@ -18,6 +18,14 @@ def dog(name):
     return load(str(name), subject="zwx dog", noun="dog")
 
 
+def test_the_documented_file_is_one(tmp_path):
+    text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    (tmp_path / "own.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    protocol = load(str(tmp_path / "own.yaml"), subject="zwx dog", noun="dog")
+    assert protocol.prompts[0].text == "a zwx dog in the snow"
+    assert protocol.prior_prompts == ("a photo of a dog",) and len(protocol.general) == 1
+
+
 @pytest.mark.parametrize(("name", "theirs"), [("objects", OBJECTS), ("living", LIVING)])
 def test_dreambooths_protocols_have_25_prompts(name, theirs):
     found = dog(name)
