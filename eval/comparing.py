@@ -13,13 +13,14 @@ from eval.evaluated_runs import ARM, Side
 from eval.significance import Paired, hint, holm, paired
 from train.config import UserError
 
-FORGETTING = "forgetting"
+FORGETTING, CLASS = "forgetting", "prior_preservation"
 CLEAR = 0.05  # of p, of all tests together
 # What must be equal for two pictures of one prompt and seed to differ by the model alone. The
 # subject has a word of its own in each run; what may differ otherwise is what is compared.
 _ALIKE = ("protocol", "noun", "steps", "guidance", "seed", "resize", "scheduler", "dtype")
 _IN_POINTS = ("clip_score", "clip_t")  # shown in points, stored as cosines like all others
 _TITLES = {"clip_score": "CLIP score", "clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino": "DINO"}
+_TITLES |= {CLASS: "Class turned into the subject"}
 
 
 @dataclass(frozen=True)
@@ -151,23 +152,25 @@ def _tests(first: Side, second: Side) -> Iterator[Test]:
         having = [pair for pair in pairs if all(ARM in each["scores"][name] for each in pair)]
         if having:
             yield _test(name, first, second, having)
-    general = _pairs(first, second, "general")
-    # Where they were asked for other scenes, what is left over may be anything.
-    whole = len(general) == len(first.samples("general")) == len(second.samples("general"))
-    if general and whole and all("distance" in sample for pair in general for sample in pair):
+    prior = _whole(first, second, "prior")
+    if prior and all(CLASS in sample.get("scores", {}) for pair in prior for sample in pair):
+        yield _test(CLASS, first, second, prior)
+    general = _whole(first, second, "general")
+    if general and all("distance" in sample for pair in general for sample in pair):
         yield _test(FORGETTING, first, second, general)
 
 
 def _test(name: str, first: Side, second: Side, pairs: Sequence[tuple[Mapping, Mapping]]) -> Test:
     rows = np.array([[value(name, sample) for sample in pair] for pair in pairs])  # (N, 2)
-    groups = np.array([one["prompt"] for one, _ in pairs])
+    # The class has few prompts: each of its pictures is one draw.
+    groups = np.array([k if name == CLASS else one["prompt"] for k, (one, _) in enumerate(pairs)])
     change = paired(rows[:, 0], rows[:, 1], groups)
     means = [float(np.mean([rows[groups == g, k].mean() for g in set(groups)])) for k in (0, 1)]
     known = about([first, second], name)
     return Test(
         score=name,
         title="Distance from base" if name == FORGETTING else known["title"],
-        better="less" if name == FORGETTING else known["better"] or "more",
+        better="less" if name in (FORGETTING, CLASS) else known["better"] or "more",
         first=first.name,
         second=second.name,
         means=(means[0], means[1]),
@@ -181,6 +184,13 @@ def _test(name: str, first: Side, second: Side, pairs: Sequence[tuple[Mapping, M
 def _pairs(first: Side, second: Side, kind: str) -> list[tuple[Mapping, Mapping]]:
     ours, theirs = first.samples(kind), second.samples(kind)
     return [(ours[key], theirs[key]) for key in ours if key in theirs]
+
+
+def _whole(first: Side, second: Side, kind: str) -> list[tuple[Mapping, Mapping]]:
+    """Their pairs; none where they were asked for other scenes: what is left may be anything."""
+    pairs = _pairs(first, second, kind)
+    whole = len(pairs) == len(first.samples(kind)) == len(second.samples(kind))
+    return pairs if whole else []
 
 
 def _order(side: Side) -> Callable[[str], tuple[int, str]]:

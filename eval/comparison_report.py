@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.files import write_atomically
-from eval.comparing import FORGETTING, Test, about, value
+from eval.comparing import CLASS, FORGETTING, Test, about, value
 from eval.evaluated_runs import ARM, Side, matched
 from eval.figures import number, signed
 from eval.report import (
@@ -37,6 +37,7 @@ _WORDS = {
     "clip_t": ("follows the prompts better than", "follows the prompts less than"),
     "clip_i": ("looks more like the subject than", "looks less like the subject than"),
     "dino": ("looks more like the subject than", "looks less like the subject than"),
+    CLASS: ("keeps the class apart better than", "turns the class into the subject more than"),
     FORGETTING: ("changes unrelated pictures less than", "changes unrelated pictures more than"),
 }
 _NOT_PAIRED = (
@@ -166,7 +167,7 @@ def _pieces(found: Comparisons) -> Iterator[str]:
 def _pictures(found: Comparisons, second: Side) -> Iterator[Section]:
     """Where the two differ most in the leading score, both ways; without one, some of all."""
     first = found.sides[0]
-    tests = [test for test in found.of(second) if test.score != FORGETTING]
+    tests = [test for test in found.of(second) if test.score not in (FORGETTING, CLASS)]
     pairs = [(one, two) for one, two in matched([first, second])]
     if not tests:
         count = min(2 * _SHOWN, len(pairs))

@@ -38,6 +38,7 @@ class _Scene(Shape):
     seed: int
     size: list[int] = Field(min_length=2, max_length=2)
     distance: float = 0.0
+    scores: dict[str, dict[str, float]] = {}
 
 
 class _Sample(_Scene):
@@ -66,6 +67,7 @@ class _Evaluation(Shape):
 
     samples: list[_Sample] = []
     general: list[_Scene] | None = None
+    prior: list[_Scene] | None = None
     scores: dict[str, _Score] = {}
     metrics: dict[str, float | None] = {}
     settings: _Settings = _Settings()

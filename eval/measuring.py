@@ -18,6 +18,7 @@ from eval.memorisation import Memorisation, layout, memorisation, most_suspiciou
 from eval.prompt_scores import label
 from eval.scores import ARMS, FORMAT, MAIN, Score, Value
 from eval.significance import hint
+from eval.subject import prior_preservation
 
 if TYPE_CHECKING:
     from eval.inputs import Given
@@ -96,7 +97,9 @@ def measure(found: Evidence, *, seed: int) -> dict[str, Any]:
         "power": _power(found, rows),
         "samples": sample_rows.samples(plan, found.made, given, found.embedded, rows),
         "general": sample_rows.beside(plan.general, found.made, "general", _moved(found)),
-        "prior": sample_rows.beside(plan.prior, found.made, "prior"),
+        "prior": sample_rows.beside(
+            plan.prior, found.made, "prior", scores={"prior_preservation": _class_likeness(found)}
+        ),
         "memorisation": sample_rows.described(copies, given),
         "curves": {"checkpoints": [], "scales": _sweep(found)},
         "extractors": found.extractors.describe(),
@@ -180,16 +183,20 @@ def _lost(found: Evidence) -> dict[str, Score]:
         arms = found.embedded.of(found.space, MAIN)
         spread = subject_scores.varied(arms, found.groups, against=found.against)
         scores |= {"diversity": spread} if spread is not None else {}
-    real, space = found.subject(found.space), found.embedded.pictures[found.space]
-    if found.plan.prior and len(real):
-        scores["prior_preservation"] = subject_scores.class_kept(
-            {arm: space[f"prior/{arm}"] for arm in ("base", "finetuned")},
-            range(len(found.plan.prior)),
-            real,
-        )
+    if alike := _class_likeness(found):
+        scores["prior_preservation"] = subject_scores.class_kept(alike)
     if found.plan.general:
         scores["forgetting"], _ = _forgetting(found)
     return scores
+
+
+def _class_likeness(found: Evidence) -> dict[str, np.ndarray]:
+    """How alike each picture of the class (N,) is to the subject, by arm; empty without."""
+    real, space = found.subject(found.space), found.embedded.pictures[found.space]
+    if not found.plan.prior or not len(real):
+        return {}
+    arms = ("base", "finetuned")
+    return {arm: prior_preservation(space[f"prior/{arm}"], real) for arm in arms}
 
 
 def _forgetting(found: Evidence) -> tuple[Score, list[float]]:

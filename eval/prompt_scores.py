@@ -35,6 +35,7 @@ def of_pictures(
     groups: (N) labels of the prompts, which are what is drawn for the intervals. against: the arm
     that the change is measured from.
     """
+    by = more.pop("interval", BY_PROMPT)
     facts = {"prompts": len(set(groups)), "pictures": len(groups), **more.pop("facts", {})}
     change = None
     if against in values and "finetuned" in values:
@@ -46,7 +47,7 @@ def of_pictures(
         how=how,
         change=change,
         against=against,
-        interval=BY_PROMPT,
+        interval=by,
         facts=facts,
         **more,
     )

@@ -81,9 +81,15 @@ def nearest(features: np.ndarray, reference: np.ndarray) -> list[tuple[int, floa
 
 
 def beside(
-    tasks: Sequence[Task], made: Made, folder: str, distances: Sequence[float] = ()
+    tasks: Sequence[Task],
+    made: Made,
+    folder: str,
+    distances: Sequence[float] = (),
+    *,
+    scores: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> list[dict[str, Any]]:
-    """The pictures that base and fine-tuned model made of each task, and how far apart they are."""
+    """The pictures that base and fine-tuned model made of each task, how far apart they are, and
+    what each has for itself."""
     arms = ("base", "finetuned")
     return [
         {
@@ -92,6 +98,10 @@ def beside(
             "size": list(task.size),
             "pictures": {arm: f"{folder}/{arm}/{made[f'{folder}/{arm}'][k].name}" for arm in arms},
             **({"distance": distances[k]} if len(distances) else {}),
+            "scores": {
+                name: {arm: float(values[k]) for arm, values in by_arm.items()}
+                for name, by_arm in (scores or {}).items()
+            },
         }
         for k, task in enumerate(tasks)
     ]

@@ -17,7 +17,7 @@ from eval.estimate import Estimate
 from eval.forgetting import Forgetting, forgetting
 from eval.prompt_scores import BY_PROMPT, mean_of, of_pictures
 from eval.scores import Score, Value
-from eval.subject import diversity, likeness, prior_preservation, real_likeness
+from eval.subject import diversity, likeness, real_likeness
 
 Arms = Mapping[str, np.ndarray]  # (N, d) each, row by row of the same prompt and seed
 
@@ -122,11 +122,13 @@ def varied(arms: Arms, groups: Sequence[int], *, against: str) -> Score | None:
     )
 
 
-def class_kept(arms: Arms, groups: Sequence[int], real: np.ndarray) -> Score:
-    """Prior preservation: how alike the class's pictures (N, d) are to the subject (M, d)."""
+def class_kept(alike: Arms) -> Score:
+    """Prior preservation, from how alike each picture of the class (N,) is to the subject."""
+    pictures = range(len(next(iter(alike.values()))))  # of a few prompts: each is one draw of it
     return of_pictures(
-        {arm: prior_preservation(found, real) for arm, found in arms.items()},
-        groups,
+        alike,
+        pictures,
+        interval="95 % bootstrap over pictures",
         title="Class turned into the subject",
         better="less",
         how="PRES: mean cosine of pictures of the class, prompted without the subject's name, with "

@@ -262,6 +262,26 @@ def test_distance_from_the_base_is_compared_where_the_scenes_are_the_same(runs):
     assert [test.score for test in result(runs).tests] == ["clip_score"]
 
 
+def test_what_became_of_the_class_is_compared_picture_by_picture(runs):
+    def prior(alike):
+        return [
+            {
+                "prompt": "a dog",
+                "seed": k,
+                "size": [8, 8],
+                "scores": {"prior_preservation": {"base": 0.1, "finetuned": alike + k / 999}},
+            }
+            for k in range(16)
+        ]
+
+    changed(runs[0], prior=prior(0.1))
+    changed(runs[1], prior=prior(0.4))
+    found = result(runs)
+    assert "turns the class into the subject more than a" in verdict(found)
+    (test,) = (test for test in found.tests if test.score == "prior_preservation")
+    assert test.pictures == test.change.groups == 16
+
+
 UNLIKE = {
     "settings.guidance is 2 and 7": {"settings": SETTINGS | {"guidance": 7}},
     "settings.scheduler is": {"settings": SETTINGS | {"scheduler": {"_class_name": "Euler"}}},
