@@ -87,6 +87,7 @@ def main(arguments: list[str]) -> None:
     pipeline = load_base(config, state.device)
     share = {"rank": state.process_index, "world": state.num_processes}
     paths = make(pipeline, prompts, config, size=sizes, **share)
+    state.wait_for_everyone()  # whose pictures are all there then
     mine = paths[state.process_index :: state.num_processes]
     flat = [name for names in gather(of_one_colour(mine)) for name in names]
     if state.is_main_process:
