@@ -189,9 +189,14 @@ class Wording:
 
     def _triggered(self, text: str) -> str:
         trigger = " ".join(self.trigger.split())
-        if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
+        if not trigger or whole_words(trigger).search(text):
             return text
         return f"{trigger}{self._joint}{text}" if text else trigger
+
+
+def whole_words(words: str) -> re.Pattern[str]:
+    """What finds the words, and not as part of others, in whatever case."""
+    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)", re.IGNORECASE)
 
 
 def _one(texts: Sequence[str], draw: _Draw) -> str:

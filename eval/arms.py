@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from data.buckets import assign
+from data.images import Size
 
 if TYPE_CHECKING:
     from data.records import Record
     from eval.protocols import Protocol
 
-Size = tuple[int, int]  # (width, height) in pixels
+T = TypeVar("T")
 
 SWEPT = 8  # prompts of a sweep over scales
 PRIOR = 16  # pictures of the class at least
@@ -117,7 +118,7 @@ def first_of_each(tasks: Sequence[Task]) -> list[Task]:
     return list(first.values())
 
 
-def spread(tasks: Sequence[Task], most: int) -> list[Task]:
+def spread(items: Sequence[T], most: int) -> list[T]:
     """At most so many, evenly spaced."""
-    count = min(most, len(tasks))
-    return [tasks[k * len(tasks) // count] for k in range(count)]
+    count = min(most, len(items))
+    return [items[k * len(items) // count] for k in range(count)]

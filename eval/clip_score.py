@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from eval import subject
+
 CONVENTION = "100 x max(cos, 0)"
 
 
@@ -20,11 +22,9 @@ def clip_score(image_features: np.ndarray, text_features: np.ndarray) -> np.ndar
 
 def unit(features: np.ndarray) -> np.ndarray:
     """Features (N, d) as float64 of length one; ValueError for a zero or non-finite row."""
-    features = np.asarray(features, dtype=np.float64)
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    if not (np.isfinite(norms) & (norms > 0)).all():
+    if not (np.isfinite(features).all() and np.any(features, axis=1).all()):
         raise ValueError("an embedding is zero or not finite: look at the pictures and the CLIP")
-    return features / norms
+    return subject.unit(features)
 
 
 def points(cosines: np.ndarray) -> np.ndarray:

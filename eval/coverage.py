@@ -29,14 +29,6 @@ class Coverage(NamedTuple):
     coverage: float
 
 
-def precision_recall(
-    real: np.ndarray, generated: np.ndarray, *, neighbours: int = 3
-) -> tuple[float, float]:
-    """Precision and recall of generated features (M, d) against real ones (N, d)."""
-    result = coverage(real, generated, neighbours=neighbours)
-    return result.precision, result.recall
-
-
 def coverage(real: np.ndarray, generated: np.ndarray, *, neighbours: int = 3) -> Coverage:
     """All four of generated features (M, d) against real ones (N, d).
 

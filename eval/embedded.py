@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.arms import Plan, Size, Task
+from data.images import Size
+from eval.arms import Plan, Task
 from train.config import EvaluationConfig
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data.wording import whole_words
 from eval.generation import read_settings
 from eval.scores import FORMAT
 from train.config import UserError
@@ -197,7 +197,7 @@ def _named(folder: Path) -> list[dict[str, Any]]:
 def _key(sample: Mapping[str, Any], subject: str | None) -> Key:
     prompt, (width, height) = sample["prompt"], sample["size"]
     if subject:
-        prompt = re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", "{}", prompt)
+        prompt = whole_words(subject).sub("{}", prompt)
     return prompt, sample["seed"], width, height
 
 

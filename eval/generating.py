@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,22 +62,20 @@ def generate_arm(
     made."""
     from eval.generation import NotFinite, generate
 
-    make = partial(
-        generate,
-        pipeline,
-        [task.prompt for task in tasks],
-        seeds=[task.seed for task in tasks],
-        size=[task.size for task in tasks],
-        steps=settings.steps,
-        guidance=settings.guidance,
-        batch_size=settings.batch_size,
-        folder=folder,
-        rank=rank,
-        world=world,
-        label=label,
-    )
     try:
-        return make()
+        return generate(
+            pipeline,
+            [task.prompt for task in tasks],
+            seeds=[task.seed for task in tasks],
+            size=[task.size for task in tasks],
+            steps=settings.steps,
+            guidance=settings.guidance,
+            batch_size=settings.batch_size,
+            folder=folder,
+            rank=rank,
+            world=world,
+            label=label,
+        )
     except NotFinite as error:
         raise UserError(
             f"{label}: {error.what}. What was trained has diverged, its scale is too large, or "

@@ -109,6 +109,7 @@ def prepare(config: RunConfig, trained: Pictures) -> Scoring:
     """Finds and checks all that an evaluation during training will use. Raises UserError for what
     could not be evaluated later."""
     from eval import inputs
+    from eval.arms import spread
 
     settings = config.evaluation
     # Copies are not looked for, so pictures trained on matter only as the subject's only ones.
@@ -117,10 +118,7 @@ def prepare(config: RunConfig, trained: Pictures) -> Scoring:
     )
     given = inputs.gather(without)
     if given.subject and not given.held_out:
-        records = trained.records
-        count = min(len(records), settings.training_images)
-        chosen = [records[k * len(records) // count] for k in range(count)]
-        given = replace(given, training=chosen)
+        given = replace(given, training=spread(trained.records, settings.training_images))
     plan = inputs.plan(config, given, images=settings.quick_images)
     scoring = Scoring(config, given, plan, _dimension(config))
     scoring.check()

@@ -8,7 +8,6 @@ graph of 2015. Neither is downloaded here.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from train.config import UserError
 if TYPE_CHECKING:
     import torch
 
-    from eval.features import Picture
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 FILES = "pt_inception-2015-12-05-6726825d.pth or inception-2015-12-05.pt"
@@ -57,11 +55,6 @@ class InceptionExtractor(Network):
         probabilities -= probabilities.max(axis=1, keepdims=True)
         np.exp(probabilities, out=probabilities)
         return probabilities / probabilities.sum(axis=1, keepdims=True)
-
-    def images_and_classes(self, pictures: Iterable[Picture]) -> tuple[np.ndarray, np.ndarray]:
-        """Features (N, 2048) and class probabilities (N, 1008)."""
-        features = self.images(pictures)
-        return features, self.classes(features)
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
         import torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +19,10 @@ from train.config import (
 )
 
 if TYPE_CHECKING:
+    from data.images import Size
     from data.records import Record
     from data.wording import Wording
-    from eval.arms import Plan, Size, Task
+    from eval.arms import Plan, Task
     from eval.protocols import Protocol
 
 
@@ -251,6 +251,7 @@ def _protocol(settings: EvaluationConfig, subject: str | None, noun: str | None)
 def _training(config: RunConfig, notes: list[str]) -> list[Record]:
     """What the run was trained on, or a note."""
     from data.listing import few
+    from eval.arms import spread
     from train import pictures
 
     most, data = config.evaluation.training_images, config.data
@@ -270,14 +271,15 @@ def _training(config: RunConfig, notes: list[str]) -> list[Record]:
     records = found.records
     if bad := [f"{one.id} {one.reason}" for one in found.rejected]:
         notes.append(f"Of the training pictures {few('cannot be read', bad)}.")
-    count = min(most, len(records))
-    if count < len(records):
-        notes.append(f"Copies were looked for among {count} of {len(records)} training pictures.")
-    return [records[k * len(records) // count] for k in range(count)]
+    if most < len(records):
+        notes.append(f"Copies were looked for among {most} of {len(records)} training pictures.")
+    return spread(records, most)
 
 
 def _names_it(record: Record, subject: str | None) -> bool:
-    return bool(subject) and any(str(subject).lower() in text.lower() for text in record.captions)
+    from data.wording import whole_words
+
+    return bool(subject) and any(map(whole_words(str(subject)).search, record.captions))
 
 
 def _worded(record: Record, wording: Wording) -> Record:
@@ -287,10 +289,11 @@ def _worded(record: Record, wording: Wording) -> Record:
 
 def _with_class(task: Task, given: Given) -> Task:
     """The class's word for the subject's, where the caption names the subject."""
+    from data.wording import whole_words
+
     if not given.subject or not given.noun:
         return task
-    whole_words = rf"(?<!\w){re.escape(given.subject)}(?!\w)"
-    text, found = re.subn(whole_words, lambda _: str(given.noun), task.prompt, flags=re.IGNORECASE)
+    text, found = whole_words(given.subject).subn(lambda _: str(given.noun), task.prompt)
     return replace(task, class_prompt=text, described=text) if found else task
 
 

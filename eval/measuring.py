@@ -59,6 +59,24 @@ class Evidence:
         held_out = self.embedded.real(space, "held_out")
         return held_out if len(held_out) else self.embedded.real(space, "training")
 
+    @cached_property
+    def class_likeness(self) -> dict[str, np.ndarray]:
+        """How alike each picture of the class (N,) is to the subject, by arm; empty without."""
+        real, space = self.subject(self.space), self.embedded.pictures[self.space]
+        if not self.plan.prior or not len(real):
+            return {}
+        arms = ("base", "finetuned")
+        return {arm: prior_preservation(space[f"prior/{arm}"], real) for arm in arms}
+
+    @cached_property
+    def forgotten(self) -> tuple[Score, list[float]] | None:
+        """How far the general pictures moved, and each by itself; None without."""
+        if not self.plan.general:
+            return None
+        space = self.embedded.pictures[self.space]
+        arms = (space[f"general/{arm}"] for arm in ("base", "finetuned", "other_seed"))
+        return subject_scores.forgotten(*arms)
+
     def cosines(self, arms: Sequence[str]) -> Rows:
         """Of each picture with its prompt and, of a subject, with what it should show."""
         tasks = self.plan.samples
@@ -78,6 +96,7 @@ def measure(found: Evidence, *, seed: int) -> dict[str, Any]:
     """All of metrics.json but `title`, `settings` and the checkpoints' curve."""
     plan, given = found.plan, found.given
     rows, copies = found.cosines(MAIN), _copies(found, seed=seed)
+    _, moved = found.forgotten or (None, [])
     scores = {**_likenesses(found, rows), **_distances(found, seed=seed), **_texts(found, rows)}
     scores |= _lost(found)
     if copies is not None and copies.judged:
@@ -96,9 +115,9 @@ def measure(found: Evidence, *, seed: int) -> dict[str, Any]:
         "scores": {name: score.as_dict() for name, score in scores.items()},
         "power": _power(found, rows),
         "samples": sample_rows.samples(plan, found.made, given, found.embedded, rows),
-        "general": sample_rows.beside(plan.general, found.made, "general", _moved(found)),
+        "general": sample_rows.beside(plan.general, found.made, "general", moved),
         "prior": sample_rows.beside(
-            plan.prior, found.made, "prior", scores={"prior_preservation": _class_likeness(found)}
+            plan.prior, found.made, "prior", scores={"prior_preservation": found.class_likeness}
         ),
         "memorisation": sample_rows.described(copies, given),
         "curves": {"checkpoints": [], "scales": _sweep(found)},
@@ -183,31 +202,11 @@ def _lost(found: Evidence) -> dict[str, Score]:
         arms = found.embedded.of(found.space, MAIN)
         spread = subject_scores.varied(arms, found.groups, against=found.against)
         scores |= {"diversity": spread} if spread is not None else {}
-    if alike := _class_likeness(found):
-        scores["prior_preservation"] = subject_scores.class_kept(alike)
-    if found.plan.general:
-        scores["forgetting"], _ = _forgetting(found)
+    if found.class_likeness:
+        scores["prior_preservation"] = subject_scores.class_kept(found.class_likeness)
+    if found.forgotten is not None:
+        scores["forgetting"] = found.forgotten[0]
     return scores
-
-
-def _class_likeness(found: Evidence) -> dict[str, np.ndarray]:
-    """How alike each picture of the class (N,) is to the subject, by arm; empty without."""
-    real, space = found.subject(found.space), found.embedded.pictures[found.space]
-    if not found.plan.prior or not len(real):
-        return {}
-    arms = ("base", "finetuned")
-    return {arm: prior_preservation(space[f"prior/{arm}"], real) for arm in arms}
-
-
-def _forgetting(found: Evidence) -> tuple[Score, list[float]]:
-    space = found.embedded.pictures[found.space]
-    arms = (space[f"general/{arm}"] for arm in ("base", "finetuned", "other_seed"))
-    return subject_scores.forgotten(*arms)
-
-
-def _moved(found: Evidence) -> list[float]:
-    """How far each general picture did."""
-    return _forgetting(found)[1] if found.plan.general else []
 
 
 def _ordered(scores: Mapping[str, Score]) -> dict[str, Score]:

@@ -12,11 +12,9 @@ from pydantic import Field, field_validator
 from eval.forgetting import GENERAL
 from eval.prompts import LIVING, OBJECTS, STYLE, STYLED
 from train.config import (
-    CaptionConfig,
     DreamBoothRun,
     RunConfig,
     Section,
-    SourceConfig,
     TextualInversionRun,
     UserError,
     validate,
@@ -177,14 +175,9 @@ def _inferred(config: RunConfig) -> tuple[str | None, str | None]:
         return first.token, first.initial
     if isinstance(config, DreamBoothRun):
         source, (class_prompt, _) = config.data.named_sources()[0], config.classes()[0]
-        said, of_class = _parted(_words(_said(source)), _words(class_prompt))
+        said, of_class = _parted(_words(source.common_caption), _words(class_prompt))
         return " ".join(said) or None, " ".join(of_class) or None
     return None, None
-
-
-def _said(source: SourceConfig) -> str | None:
-    """The caption that a source's pictures have in common, if they have one."""
-    return (source.captions or CaptionConfig()).replace or source.caption
 
 
 def _words(text: str | None) -> list[str]:

@@ -68,6 +68,11 @@ def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
 
 def preview_again(pipeline: Any, prompt: str, *, seed: int) -> np.ndarray:
     """What the previews of tests/tiny.yaml would show, uint8 (64, 64, 3)."""
+    return to_uint8(drawn(pipeline, prompt, seed, "np"))
+
+
+def drawn(pipeline: Any, prompt: str, seed: int, kind: str = "pil") -> np.ndarray:
+    """The same as the pipeline gives it, as `kind` of output."""
     image = pipeline(
         prompt,
         num_inference_steps=2,
@@ -75,6 +80,6 @@ def preview_again(pipeline: Any, prompt: str, *, seed: int) -> np.ndarray:
         generator=torch.Generator().manual_seed(seed),
         width=64,
         height=64,
-        output_type="np",
+        output_type=kind,
     ).images[0]
-    return to_uint8(image)
+    return np.asarray(image)

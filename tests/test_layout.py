@@ -79,7 +79,7 @@ def test_the_walk_sees_what_there_is():
 
 
 def test_config_imports_nothing_of_ours():
-    sections = {"train.data_config", "train.evaluation_config", "train.optim_config"}
+    sections = {f"train.{name}_config" for name in ("data", "evaluation", "method", "optim")}
     assert ours(MODULES["train.config"]) == {*sections, "train.parsing"}
     for name in sections:
         assert ours(MODULES[name]) == {"train.parsing"}

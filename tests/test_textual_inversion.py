@@ -17,7 +17,7 @@ from eval import generating
 from eval.generation import to_uint8
 from eval.inputs import find_result, read_run
 from scripts import generate
-from tests.runs import arguments, finish, launch, make_world
+from tests.runs import arguments, drawn, finish, launch, make_world
 from train import models, textual_inversion
 from train.config import UserError
 
@@ -169,7 +169,7 @@ def test_tokens_of_two_sources_are_learned_from_their_own_pictures(world, tmp_pa
     assert {name: value.shape for name, value in rows.items()} == {"owl": (3, 32), "cat": (1, 32)}
     assert (rows["owl"] != started(world)).any(dim=1).all()
     assert np.array_equal(
-        preview(output, 0), picture(untouched(world, output), "an <owl> and a <cat>", 0)
+        preview(output, 0), drawn(untouched(world, output), "an <owl> and a <cat>", 0)
     )
 
 
@@ -229,19 +229,6 @@ def untouched(world, output):
     return pipeline
 
 
-def picture(pipeline, prompt, seed, kind="pil"):
-    image = pipeline(
-        prompt,
-        num_inference_steps=2,
-        guidance_scale=2,
-        generator=torch.Generator().manual_seed(seed),
-        width=64,
-        height=64,
-        output_type=kind,
-    ).images[0]
-    return np.asarray(image)
-
-
 def preview(output, k):
     return np.asarray(Image.open(output / "previews" / f"step-{STEPS:08d}" / f"{k:02d}.png"))
 
@@ -254,9 +241,9 @@ def test_an_untouched_pipeline_gives_the_previews_pixels(world, request, tmp_pat
         output = request.getfixturevalue(kind)
     pipeline = untouched(world, output)
     for k, prompt in enumerate(PROMPTS):
-        assert np.array_equal(picture(pipeline, prompt, k), preview(output, k))
+        assert np.array_equal(drawn(pipeline, prompt, k), preview(output, k))
     base = StableDiffusionPipeline.from_pretrained(world / "base", safety_checker=None)
-    assert not np.array_equal(picture(base, PROMPTS[1], 1), preview(output, 1))
+    assert not np.array_equal(drawn(base, PROMPTS[1], 1), preview(output, 1))
 
 
 def test_generate_takes_the_adapter_folder(world, pivotal, tmp_path):
@@ -271,7 +258,7 @@ def test_generate_takes_the_adapter_folder(world, pivotal, tmp_path):
         ]
     )
     made = np.asarray(Image.open(tmp_path / "out" / "00000.png"))
-    expected = picture(untouched(world, pivotal), PROMPTS[1], 1, "np")
+    expected = drawn(untouched(world, pivotal), PROMPTS[1], 1, "np")
     assert np.array_equal(made, to_uint8(expected))
 
 
@@ -279,7 +266,7 @@ def test_an_evaluation_reads_the_run_and_takes_its_adapter(world, pivotal):
     config = read_run(pivotal, [])
     assert isinstance(config, textual_inversion.TextualInversionRun)
     finetuned = generating.apply(find_result(pivotal), models.load_pipeline(str(world / "base")))
-    assert np.array_equal(picture(finetuned, PROMPTS[1], 1), preview(pivotal, 1))
+    assert np.array_equal(drawn(finetuned, PROMPTS[1], 1), preview(pivotal, 1))
 
 
 def test_the_scheduler_that_was_trained_for_goes_with_the_adapter(world, tmp_path):

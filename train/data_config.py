@@ -121,6 +121,11 @@ class SourceConfig(Section):
     """DreamBooth: as dreambooth.class_path, for this source."""
 
     @property
+    def common_caption(self) -> str | None:
+        """The caption that its pictures have in common, if they have one."""
+        return (self.captions or CaptionConfig()).replace or self.caption
+
+    @property
     def tokens(self) -> int:
         """How many tokens of its captions are read."""
         return (self.captions or CaptionConfig()).max_tokens

@@ -5,14 +5,10 @@ Made from nothing but the run directory, so at any time and as often as wanted.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from eval.charts import Chart, Curve, charts
 from eval.figures import number
@@ -29,10 +25,9 @@ from eval.report import (
     warning,
     write_page,
 )
-from train import examination, overfitting
-from train.examination import Examined
+from train import overfitting
 from train.overfitting import Measured, Metric
-from train.tracking import read_metrics
+from train.run_record import Run, read_json
 
 _WAIT_LIMIT = 0.2  # share of the time spent waiting for data, above which a warning stands
 _CLIPPED_LIMIT = 0.5  # share of logged lines above the clip norm, likewise
@@ -53,75 +48,6 @@ _SCORES = {
 }
 _STEPS = 8  # that are named, of more
 _PROMPTS, _TIMES = 12, 5  # previews shown: prompts, and steps of each, both evenly spread
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run directory tells of a run; whatever is missing or unreadable is empty."""
-
-    folder: Path
-    config: str
-    settings: Any
-    manifest: dict[str, Any]
-    dataset: dict[str, Any]
-    lines: list[dict[str, Any]]
-    validations: list[Measured]
-    examinations: list[Examined]
-    unexamined: dict[int, str]
-    """Why the steps that have no scores have none."""
-
-    @classmethod
-    def read(cls, folder: Path, dataset: Mapping[str, Any]) -> Run:
-        file = folder / "config.yaml"
-        config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        manifest = _json(folder / "manifest.json")
-        return cls(
-            folder,
-            config,
-            _yaml(config),
-            {name: value for name, value in manifest.items() if name != "dataset"},
-            {**manifest.get("dataset", {}), **dataset},
-            [
-                line
-                for line in read_metrics(folder / "metrics.jsonl")
-                if {"step", "loss"} <= line.keys()
-            ],
-            overfitting.read(folder / "validation"),
-            examination.read(folder / "eval" / "steps"),
-            examination.failures(folder / "eval" / "steps"),
-        )
-
-    def setting(self, key: str) -> Any:
-        """A value of the configuration by its dotted key, None where there is none."""
-        value = self.settings
-        for name in key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        return value
-
-    def column(self, key: str) -> list[float]:
-        """One value of every logged line; nan where a line has none."""
-        values = (line.get(key) for line in self.lines)
-        return [float(v) if isinstance(v, int | float) else math.nan for v in values]
-
-    @property
-    def steps(self) -> list[float]:
-        return self.column("step")
-
-    @property
-    def best(self) -> int | None:
-        """The step of the best checkpoint."""
-        step = _json(self.folder / "checkpoints" / "best.json").get("step")
-        return step if isinstance(step, int) else None
-
-    @property
-    def taken(self) -> int | None:
-        """The step whose weights the run ends with, where that is the best."""
-        return self.best if self.setting("validation.use_best") else None
-
-    @property
-    def metric(self) -> Metric:
-        """The held-out loss that chooses the best step, or would if no score of pictures did."""
-        return overfitting.loss_of(self.setting("validation.metric"))
 
 
 def write(output: Path, *, dataset: Mapping[str, Any] | None = None) -> Path:
@@ -429,7 +355,7 @@ def _configuration(run: Run) -> str:
 
 
 def _evaluation(run: Run) -> str:
-    metrics = _json(run.folder / "eval" / "metrics.json")
+    metrics = read_json(run.folder / "eval" / "metrics.json")
     said = str(metrics.get("verdict", ""))
     return link("Evaluation", said, "eval/report.html") if metrics else ""
 
@@ -461,18 +387,3 @@ def _spread(items: list[Any], count: int) -> list[Any]:
     """At most `count` of the items, evenly spaced, the first and the last among them."""
     last = len(items) - 1
     return items if last < count else [items[k * last // (count - 1)] for k in range(count)]
-
-
-def _yaml(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -1,0 +1,101 @@
+"""What a run directory tells of a run, for its report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train import examination, overfitting
+from train.examination import Examined
+from train.overfitting import Measured, Metric
+from train.tracking import read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory tells of a run; whatever is missing or unreadable is empty."""
+
+    folder: Path
+    config: str
+    settings: Any
+    manifest: dict[str, Any]
+    dataset: dict[str, Any]
+    lines: list[dict[str, Any]]
+    validations: list[Measured]
+    examinations: list[Examined]
+    unexamined: dict[int, str]
+    """Why the steps that have no scores have none."""
+
+    @classmethod
+    def read(cls, folder: Path, dataset: Mapping[str, Any]) -> Run:
+        file = folder / "config.yaml"
+        config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        manifest = read_json(folder / "manifest.json")
+        return cls(
+            folder,
+            config,
+            _yaml(config),
+            {name: value for name, value in manifest.items() if name != "dataset"},
+            {**manifest.get("dataset", {}), **dataset},
+            [
+                line
+                for line in read_metrics(folder / "metrics.jsonl")
+                if {"step", "loss"} <= line.keys()
+            ],
+            overfitting.read(folder / "validation"),
+            examination.read(folder / "eval" / "steps"),
+            examination.failures(folder / "eval" / "steps"),
+        )
+
+    def setting(self, key: str) -> Any:
+        """A value of the configuration by its dotted key, None where there is none."""
+        value = self.settings
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def column(self, key: str) -> list[float]:
+        """One value of every logged line; nan where a line has none."""
+        values = (line.get(key) for line in self.lines)
+        return [float(v) if isinstance(v, int | float) else math.nan for v in values]
+
+    @property
+    def steps(self) -> list[float]:
+        return self.column("step")
+
+    @property
+    def best(self) -> int | None:
+        """The step of the best checkpoint."""
+        step = read_json(self.folder / "checkpoints" / "best.json").get("step")
+        return step if isinstance(step, int) else None
+
+    @property
+    def taken(self) -> int | None:
+        """The step whose weights the run ends with, where that is the best."""
+        return self.best if self.setting("validation.use_best") else None
+
+    @property
+    def metric(self) -> Metric:
+        """The held-out loss that chooses the best step, or would if no score of pictures did."""
+        return overfitting.loss_of(self.setting("validation.metric"))
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
