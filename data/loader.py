@@ -20,6 +20,7 @@ from data.cache import DEPTH, EMBEDDINGS, FLIPPED, MASK, MOMENTS
 from data.inpainting import tensor_name
 from data.order import Order, share
 from data.records import Record
+from train import stopping
 from train.config import UserError
 
 if TYPE_CHECKING:
@@ -293,6 +294,10 @@ class _Steps(Dataset[Batch | UserError]):
             return error
 
 
+def _begin_worker(_: int) -> None:
+    stopping.ignore()
+
+
 def _unchanged(batch: Any) -> Any:
     return batch
 
@@ -317,6 +322,7 @@ def loader(
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
+        worker_init_fn=_begin_worker if workers else None,
         collate_fn=_unchanged,
         generator=torch.Generator(),
     )

@@ -95,7 +95,8 @@ def test_nothing_imports_an_entry(name):
 @pytest.mark.parametrize("name", of("data."))
 def test_data_knows_only_itself_and_the_config(name):
     assert {other for other in ours(MODULES[name]) if not other.startswith("data.")} <= {
-        "train.config"
+        "train.config",
+        "train.stopping",
     }
 
 
@@ -117,6 +118,7 @@ BELOW_THE_LOOP = (
     "pauses",
     "previews",
     "sharding",
+    "stopping",
     "tracking",
     "validation",
     "zero",

@@ -91,6 +91,9 @@ class TrainConfig(Section):
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep an exponential moving average of what trains, and preview, validate and export that;
     0.9999 means about the last 10,000 optimizer steps. Off by default."""
+    skip_non_finite: int = Field(5, ge=0)
+    """Optimizer steps in a row that are left out because their loss or gradient is not finite, the
+    samples named, before the run ends; 0 ends it at the first."""
 
 
 class CheckpointConfig(Section):
@@ -98,6 +101,11 @@ class CheckpointConfig(Section):
     """Optimizer steps between checkpoints; the last step always gets one."""
     keep: int = Field(2, ge=2)
     """Newest checkpoints kept."""
+    asynchronous: bool = True
+    """Write while training goes on; the state is copied first, so nothing is torn."""
+    accept_changes: bool = False
+    """Resume although configuration, base or pictures are not those that the run began with; what
+    differs is listed, and noted in manifest.json."""
 
 
 class PreviewConfig(Section):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 
 import torch
 
@@ -15,10 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from train import sharding, zero
 from train.config import UserError
-
-# Shares of what is cached differ, above all of a streamed set with few shards; the launcher ends
-# all processes where one died.
-PATIENCE = timedelta(days=1)
+from train.stopping import PATIENCE
 
 
 def open_accelerator(mixed_precision: str) -> Accelerator:
