@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from data.files import whole
+from train import stopping
 
 Size = tuple[int, int]
 KEY = "sd-atelier"
@@ -75,6 +76,7 @@ def generate(
     batches = [batch for batch in mine if missing.intersection(batch)]
     with _progress(sum(map(len, batches)), label, shown=rank == 0) as bar:
         for batch in batches:
+            stopping.check()
             pictures = _sample(pipeline, [wanted[index] for index in batch])
             for index, pixels in zip(batch, pictures, strict=True):
                 if index in missing:

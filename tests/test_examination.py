@@ -30,6 +30,7 @@ from train.examination import (
     together,
 )
 from train.loop import fit
+from train.stopping import Interrupted
 from train.tracking import Trackers
 
 STEPS, AIM = 8, 1.1  # the weight goes from 0.5 to 2, by 0.1 a step
@@ -237,7 +238,7 @@ def test_where_a_run_goes_on_a_mistake_ends_it_and_bad_luck_does_not(tmp_path):
 
 @pytest.mark.parametrize("mine", [None, (None, "OutOfMemoryError: here")])
 def test_what_fails_in_one_process_is_raised_in_all(monkeypatch, mine):
-    others = [(None, None), (None, "OutOfMemoryError: there")]
+    others = [(0, None, None), (0, None, "OutOfMemoryError: there")]
     monkeypatch.setattr("accelerate.utils.gather_object", lambda said: [*said, *others])
 
     def work():
@@ -247,8 +248,11 @@ def test_what_fails_in_one_process_is_raised_in_all(monkeypatch, mine):
 
     with pytest.raises(NotExamined, match="^here$" if mine else "there"):
         together(work)
-    others.append(("evaluation.dino=x is missing", None))
+    others.append((0, "evaluation.dino=x is missing", None))
     with pytest.raises(UserError, match="evaluation.dino"):
+        together(work)
+    others.append((15, None, None))
+    with pytest.raises(Interrupted, match="SIGTERM"):
         together(work)
     others.clear()
     assert mine or together(work) == 1

@@ -110,6 +110,7 @@ BELOW_THE_LOOP = (
     "checkpoint",
     "course",
     "examination",
+    "guards",
     "meter",
     "method",
     "optim",

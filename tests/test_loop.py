@@ -126,30 +126,55 @@ def test_padding_does_not_count_as_images():
     assert images_in([{"weight": torch.zeros(2)}]) == 0
 
 
-class Diverging(Regression):
-    """Its loss is not a number from the third step on."""
+class Spoiled(Regression):
+    """Its loss is not a number at the steps of `bad`, counted from 1; of `weights`, a weight."""
 
-    def __init__(self):
+    def __init__(self, bad=(), weights=()):
         super().__init__()
-        self.steps = 0
+        self.batches = 0
 
         def spoil(module, arguments, losses):
-            self.steps += 1
-            return losses * float("nan") if self.steps > 2 * 2 else losses
+            self.batches += 1
+            step = 1 + (self.batches - 1) // 2  # of two micro-batches
+            if step in weights:
+                module.weight.data.fill_(float("nan"))
+            return losses * float("nan") if step in bad else losses
 
         self.model.register_forward_hook(spoil)
 
 
-def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path):
-    with pytest.raises(RunFailed, match="not finite by step 3"):
-        fit(Diverging(), Samples(8), config(tmp_path, steps=8), Accelerator(cpu=True))
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
-    assert [line["step"] for line in logged(tmp_path)] == [1, 2]
+def test_a_step_whose_loss_is_not_finite_is_left_out_and_named(tmp_path, capsys):
+    settings = config(tmp_path / "spoiled", steps=4)
+    spoiled, sound = Spoiled(bad=[2, 4]), Spoiled()
+    fit(spoiled, Samples(4), settings, Accelerator(cpu=True))
+    assert "step 2 is left out: the loss is not finite for 0, 1" in capsys.readouterr().out
+    lines = logged(tmp_path / "spoiled")
+    assert [line["loss"] is None for line in lines] == [False, True, False, True]
+    assert [line.get("left_out", 0) for line in lines] == [0, 1, 1, 2]
+    fit(sound, Samples(4), config(tmp_path / "sound", steps=4), Accelerator(cpu=True))
+    assert spoiled.model.weight.isfinite().all()
+    assert not torch.equal(spoiled.model.weight, sound.model.weight)
+
+
+def test_a_run_that_diverges_ends_after_so_many_steps_in_a_row(tmp_path):
+    settings = config(tmp_path, steps=20)
+    settings.train.skip_non_finite = 3
+    with pytest.raises(RunFailed, match="step 8: .*number 4 in a row.*skip_non_finite=3"):
+        fit(Spoiled(bad=[2, 3, 5, 6, 7, 8]), Samples(20), settings, Accelerator(cpu=True))
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_how_many_were_left_out_in_a_row_outlives_a_kill(tmp_path):
+    settings = config(tmp_path, steps=20)
+    settings.train.skip_non_finite = 3
+    killed = config(tmp_path, steps=20)
+    killed.train.skip_non_finite = 1  # ends at 4, with the checkpoint of 2 that 1 was left out
+    for run, end in ((killed, "step 3"), (settings, "step 5")):
+        with pytest.raises(RunFailed, match=f"{end}: "):
+            fit(Spoiled(bad=range(2 if run is killed else 1, 20)), Samples(20), run, Accelerator())
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    settings = config(tmp_path, steps=8)
-    settings.tracking.every = 100
     with pytest.raises(RunFailed, match="weight is not finite; the checkpoint of step 2 is intact"):
-        fit(Diverging(), Samples(8), settings, Accelerator(cpu=True))
+        fit(Spoiled(weights=[3]), Samples(8), config(tmp_path, steps=8), Accelerator(cpu=True))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]

@@ -210,8 +210,15 @@ def test_a_line_of_metrics_spans_a_resume(tmp_path):
     assert [step for step, _ in losses(tmp_path / "parts", "loss")] == [5, 8]
 
 
-def test_processes_that_found_different_checkpoints_do_not_go_on():
-    apart = SimpleNamespace(device="cpu", gather=lambda mine: torch.cat([mine, mine + 3]))
-    with pytest.raises(RunFailed, match=r"different steps, \[2, 5\].*output="):
-        loop.require_same(2, apart)
-    loop.require_same(2, Accelerator(cpu=True))
+def test_a_process_that_does_not_see_the_checkpoint_does_not_go_on(tmp_path, monkeypatch):
+    """The first process, on another machine, has found one of step 2."""
+    monkeypatch.setattr(loop, "broadcast_object_list", lambda found: [(2, None)])
+    with pytest.raises(RunFailed, match=r"process 0 does not see .*step-00000002.*output="):
+        loop.restore(Checkpoints(tmp_path, keep=2), None, None, None, Accelerator(cpu=True))
+
+
+def test_damage_that_the_first_process_finds_is_raised_in_all(tmp_path, monkeypatch):
+    damage = DamagedCheckpoint("every checkpoint is damaged")
+    monkeypatch.setattr(loop, "broadcast_object_list", lambda found: [(0, damage)])
+    with pytest.raises(DamagedCheckpoint, match="every"):
+        loop.restore(Checkpoints(tmp_path, keep=2), None, None, None, Accelerator(cpu=True))

@@ -43,7 +43,9 @@ class Checkpoints:
     writes: whether this process writes them; one of several does.
     """
 
-    def __init__(self, folder: Path, *, keep: int, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, writes: bool = True, asynchronous: bool = False
+    ) -> None:
         self.folder, self.keep, self.writes = folder, keep, writes
         self._best: int | None = None
 
@@ -147,15 +149,24 @@ class Checkpoints:
         A damaged one is named and passed over. Raises DamagedCheckpoint if none is intact: a run
         with checkpoints never restarts silently at 0.
         """
+        step = self.find()
+        if step:
+            self.load(step, model, optimizer, averages, verified=True)
+        return step
+
+    def wait(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def find(self) -> int:
         damage: list[str] = []
         for step in reversed(self.steps()):
             try:
-                manifest = verify(self.path(step))
+                verify(self.path(step))
             except DamagedCheckpoint as error:
                 damage.append(str(error))
                 print(f"warning: {error}; falling back to the checkpoint before it", flush=True)
                 continue
-            self._load(self.path(step), manifest, model, optimizer, averages)
             return step
         if damage:
             raise DamagedCheckpoint(
@@ -170,6 +181,7 @@ class Checkpoints:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         averages: Averages | None = None,
+        verified: bool = False,
     ) -> None:
         """Loads the checkpoint of `step`. Raises DamagedCheckpoint."""
         self._load(self.path(step), verify(self.path(step)), model, optimizer, averages)

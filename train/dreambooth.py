@@ -47,31 +47,31 @@ def main(arguments: list[str]) -> None:
     from train.loop import fit
 
     pictures = planned.pictures
-    accelerator, pipeline = start(config, planned, dataset=classes.manifest(pictures))
-    beside = classes.complete(pictures, pipeline, accelerator)
-    batches = feeding.batches(
-        pictures,
-        pipeline,
-        config,
-        accelerator,
-        cache_captions=not trains_text_encoder(config),
-        classes=beside,
-    )
-    if config.lora:
-        models.store_in(pipeline, config.train.mixed_precision)
-    objective = Objective.of(pipeline.scheduler, config.diffusion)
-    method = DreamBooth(
-        pipeline,
-        objective,
-        config.lora,
-        text_encoder=config.dreambooth.text_encoder,
-        prior=frozen_base(config, pipeline),
-        seed=config.seed,
-    )
-    fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
-    if accelerator.is_main_process:
-        report.write(config.output)
-    export.publish(method, config.output / result, accelerator)
+    with start(config, planned, dataset=classes.manifest(pictures)) as (accelerator, pipeline):
+        beside = classes.complete(pictures, pipeline, accelerator)
+        batches = feeding.batches(
+            pictures,
+            pipeline,
+            config,
+            accelerator,
+            cache_captions=not trains_text_encoder(config),
+            classes=beside,
+        )
+        if config.lora:
+            models.store_in(pipeline, config.train.mixed_precision)
+        objective = Objective.of(pipeline.scheduler, config.diffusion)
+        method = DreamBooth(
+            pipeline,
+            objective,
+            config.lora,
+            text_encoder=config.dreambooth.text_encoder,
+            prior=frozen_base(config, pipeline),
+            seed=config.seed,
+        )
+        fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
+        if accelerator.is_main_process:
+            report.write(config.output)
+        export.publish(method, config.output / result, accelerator)
 
 
 def check(config: DreamBoothRun, classes: Planned, found: Pictures) -> list[str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from train.config import EvaluationConfig, RunFailed, UserError
 from train.course import Better, Course, named, read_steps, write_step
+from train.stopping import Interrupted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -215,13 +216,17 @@ def together(work: Callable[[], T]) -> T:
     """What `work` gives in this process, once it has gone well in every one. A place where all of
     them meet.
 
-    Where it fails in one, all of them raise alike: UserError if it did, else NotExamined.
+    Where it fails in one, all of them raise alike: Interrupted if it did, UserError if it did, else
+    NotExamined.
     """
     from accelerate.utils import gather_object
 
     mistake = failure = None
+    asked = 0
     try:
         result = work()
+    except Interrupted as interrupted:
+        asked = interrupted.number
     except UserError as error:
         mistake = str(error)
     except NotExamined as error:
@@ -229,11 +234,13 @@ def together(work: Callable[[], T]) -> T:
     except Exception as error:  # memory that did not suffice, above all, must not end a run
         failure = f"{type(error).__name__}: {error}"
     # Without its traceback, which would hold what lay in memory where it failed.
-    said = gather_object([(mistake, failure)])
-    for mistake, _ in said:
+    said = gather_object([(asked, mistake, failure)])
+    if asked := max(number for number, _, _ in said):
+        raise Interrupted(asked)
+    for _, mistake, _ in said:
         if mistake is not None:
             raise UserError(mistake)
-    for _, failure in said:
+    for _, _, failure in said:
         if failure is not None:
             raise NotExamined(failure)
     return result

@@ -12,6 +12,7 @@ from data.files import progress
 from train.config import DataConfig, RunConfig
 from train.families import INPAINTING_CHANNELS
 from train.pictures import Pictures
+from train.stopping import checking
 from train.streams import stream_in
 
 if TYPE_CHECKING:
@@ -155,9 +156,10 @@ def fill_latents(
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
     }
-    cache_latents(keys, store, encode, progress=progress("caching latents", main), **how)
+    bar = checking(progress("caching latents", main))
+    cache_latents(keys, store, encode, progress=bar, **how)
     if masks := random_masks(pipeline, data):
-        bar = progress("caching masked pictures", main)
+        bar = checking(progress("caching masked pictures", main))
         cache_masked(keys, store, encode, count=masks, progress=bar, **how)
     accelerator.wait_for_everyone()
     store.refresh()
@@ -205,7 +207,7 @@ def fill_captions(
         caption_encoder(pipeline.tokenizer, pipeline.text_encoder, max_tokens=max_tokens),
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        progress=progress("caching captions", accelerator.is_main_process),
+        progress=checking(progress("caching captions", accelerator.is_main_process)),
         **prints,
     )
     accelerator.wait_for_everyone()

@@ -31,20 +31,20 @@ def main(arguments: list[str]) -> None:
     from train.diffusion import Objective
     from train.loop import fit
 
-    accelerator, pipeline = start(config, planned)
-    batches = feeding.batches(
-        planned.pictures,
-        pipeline,
-        config,
-        accelerator,
-        cache_captions=not config.full.text_encoder,
-    )
-    objective = Objective.of(pipeline.scheduler, config.diffusion)
-    method = Full(pipeline, objective, config.full)
-    fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
-    if accelerator.is_main_process:
-        report.write(config.output)
-    export.publish(method, config.output / "full", accelerator)
+    with start(config, planned) as (accelerator, pipeline):
+        batches = feeding.batches(
+            planned.pictures,
+            pipeline,
+            config,
+            accelerator,
+            cache_captions=not config.full.text_encoder,
+        )
+        objective = Objective.of(pipeline.scheduler, config.diffusion)
+        method = Full(pipeline, objective, config.full)
+        fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
+        if accelerator.is_main_process:
+            report.write(config.output)
+        export.publish(method, config.output / "full", accelerator)
 
 
 class Full:

@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from train import optim, sharding
 from train.averaging import Averages, averages_of
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, DamagedCheckpoint
 from train.config import LoopConfig, RunFailed
 from train.examination import Judge
+from train.guards import Guard, Seen, memory_named
 from train.meter import Meter
 from train.method import Method
 from train.pauses import Pause
+from train.stopping import Agreement
 from train.tracking import open_trackers
 from train.validation import HeldOut
 
@@ -38,7 +42,7 @@ class Batches(Protocol):
     def __call__(self, start: int) -> Iterable[list[MicroBatch]]:
         """One list per optimizer step, from `start` to the last. The "weight" (B,) of a batch's
         samples sums to 1 over all processes, so that the weighted sum of losses is the mean over
-        the global batch."""
+        the global batch. Its "ids", a list of B, name them where one is bad."""
 
 
 def fit(
@@ -52,7 +56,8 @@ def fit(
 
     judge: what scores pictures every `config.evaluation.every` steps, if anything.
     Whatever a step needs beyond weights and optimizer is a function of the step, so a resumed run
-    repeats an uninterrupted one bit for bit.
+    repeats an uninterrupted one bit for bit. Raises Interrupted, with a checkpoint saved, where one
+    of its processes was asked to end.
     """
     raw, steps = method.model, config.train.steps
     optimizer = optim.build(method.parameter_groups(config.optim), config.optim)
@@ -62,7 +67,12 @@ def fit(
     trainable = [p for p in raw.parameters() if p.requires_grad]
 
     main, folder = accelerator.is_main_process, config.output / "checkpoints"
-    checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, writes=main)
+    checkpoints = Checkpoints(
+        folder,
+        keep=config.checkpoint.keep,
+        writes=main,
+        asynchronous=config.checkpoint.asynchronous,
+    )
     start, facts = restore(checkpoints, raw, prepared, averages, accelerator)
 
     settings = config.model_dump(mode="json")
@@ -75,6 +85,10 @@ def fit(
         every=config.tracking.every,
         before=facts.get("meter"),
     )
+    agreement = Agreement(accelerator)
+    guard = Guard(
+        accelerator, agreement, allowed=config.train.skip_non_finite, before=facts.get("guard")
+    )
     pause = Pause(
         method,
         model,
@@ -83,31 +97,45 @@ def fit(
         checkpoints,
         trackers,
         meter,
+        guard,
+        agreement,
         config,
         accelerator,
         held_out=batches.held_out,
         judge=judge,
         start=start,
     )
-    with meter.aside():
-        pause.before()
-
-    for step, micro_batches in enumerate(meter.waiting(batches(start)), start):
-        rates = schedule.apply(step)
-        seed_step(config.seed, step, accelerator.process_index)
-        loss = accumulate(model, micro_batches, accelerator)
-        norm = accelerator.clip_grad_norm_(trainable, config.train.clip_norm)
-        prepared.step()
-        prepared.zero_grad(set_to_none=True)
-        averages.update(step)
-        done = step + 1
-        images = images_in(micro_batches)
-        meter.record(done, batches.epochs(done), loss, rates, norm, images=images)
+    with ExitStack() as ending:
+        for end in (agreement.close, trackers.finish, meter.close, checkpoints.close):
+            ending.callback(end)
+        ending.enter_context(memory_named(checkpoints, config, accelerator))
         with meter.aside():
-            pause.after(done)
-    meter.close()
-    pause.settle()
-    trackers.finish()
+            pause.before()
+
+        for step, micro_batches in enumerate(meter.waiting(batches(start)), start):
+            done = step + 1
+            rates = schedule.apply(step)
+            seed_step(config.seed, step, accelerator.process_index)
+            seen = accumulate(model, micro_batches, accelerator)
+            norm = accelerator.clip_grad_norm_(trainable, config.train.clip_norm)
+            sound = guard.passes(done, seen, norm, prepared)
+            if sound:
+                prepared.step()
+                averages.update(step)
+            prepared.zero_grad(set_to_none=True)
+            meter.record(
+                done,
+                batches.epochs(done),
+                seen.loss if sound else None,
+                rates,
+                norm,
+                images=images_in(micro_batches),
+                left_out=guard.left_out,
+            )
+            with meter.aside():
+                pause.after(done)
+        meter.close()
+        pause.settle()
 
 
 def restore(
@@ -117,50 +145,65 @@ def restore(
     averages: Averages,
     accelerator: Accelerator,
 ) -> tuple[int, dict[str, Any]]:
-    """The step to go on from, 0 for a new run, and what its checkpoint holds besides tensors."""
-    start = checkpoints.restore(model, optimizer, averages)
-    require_same(start, accelerator)
+    """The step to go on from, 0 for a new run, and what its checkpoint holds besides tensors.
+
+    One process finds it, for all. Raises DamagedCheckpoint where there are checkpoints and none is
+    intact, and RunFailed where a process does not see the one that was found.
+    """
+    start = found_by_the_first(checkpoints, accelerator)
+    if not start:
+        return 0, {}
+    if not checkpoints.path(start).is_dir():
+        raise RunFailed(
+            f"process {accelerator.process_index} does not see {checkpoints.path(start)}: give an "
+            "output= that all machines share"
+        )
+    checkpoints.load(start, model, optimizer, averages, verified=True)
     sharding.refresh(optimizer)
-    facts = checkpoints.facts(start) if start else {}
-    if accelerator.scaler is not None and start:
+    facts = checkpoints.facts(start)
+    if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(facts["scaler"])
     return start, facts
 
 
-def require_same(start: int, accelerator: Accelerator) -> None:
-    """Raises RunFailed where the processes do not go on from the same step. They meet here."""
-    starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
-    if len(set(starts)) > 1:
-        raise RunFailed(
-            f"the processes found checkpoints of different steps, {sorted(set(starts))}: give an "
-            "output= that all machines share"
-        )
+def found_by_the_first(checkpoints: Checkpoints, accelerator: Accelerator) -> int:
+    """The newest intact step. All processes meet here, and raise alike where there is none."""
+    found: tuple[int, DamagedCheckpoint | None] = (0, None)
+    if accelerator.is_main_process:
+        try:
+            found = checkpoints.find(), None
+        except DamagedCheckpoint as error:
+            found = 0, error
+    step, damage = broadcast_object_list([found])[0]
+    if damage is not None:
+        raise damage
+    return step
 
 
-def accumulate(
-    model: nn.Module, micro_batches: list[MicroBatch], accelerator: Accelerator
-) -> Tensor:
-    """Backward through every micro-batch; gradients meet across processes once, at the last.
-    Returns this process's part of the global batch's loss."""
+def accumulate(model: nn.Module, micro_batches: list[MicroBatch], accelerator: Accelerator) -> Seen:
+    """Backward through every micro-batch; gradients meet across processes once, at the last."""
     total = torch.zeros((), device=accelerator.device)
+    seen: list[tuple[list[str], Tensor]] = []
     for index, batch in enumerate(micro_batches):
         batch = {
             k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()
         }
-        if index < len(micro_batches) - 1:
-            with sharding.no_sync(accelerator, model):
-                total += _backward(model, batch, accelerator)
-        else:
-            total += _backward(model, batch, accelerator)
-    return total
+        last = index == len(micro_batches) - 1
+        with nullcontext() if last else sharding.no_sync(accelerator, model):
+            losses = _backward(model, batch, accelerator)
+        total += (losses * batch["weight"]).sum()
+        seen.append((list(batch.get("ids", range(len(losses)))), losses))
+    return Seen(total, seen)
 
 
 def _backward(model: nn.Module, batch: MicroBatch, accelerator: Accelerator) -> Tensor:
-    loss = (model(batch) * batch["weight"]).sum()
+    """The losses (B,)."""
+    losses = model(batch)
+    loss = (losses * batch["weight"]).sum()
     # Distributed wrappers average gradients over processes; ours are parts of one mean and must add
     # up.
     accelerator.backward(loss * accelerator.num_processes)
-    return loss.detach()
+    return losses.detach()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -37,21 +37,21 @@ def main(arguments: list[str]) -> None:
     from train.diffusion import Objective
     from train.loop import fit
 
-    accelerator, pipeline = start(config, planned)
-    batches = feeding.batches(
-        planned.pictures,
-        pipeline,
-        config,
-        accelerator,
-        cache_captions=config.lora.text_encoder is None,
-    )
-    models.store_in(pipeline, config.train.mixed_precision)
-    objective = Objective.of(pipeline.scheduler, config.diffusion)
-    method = Lora(pipeline, objective, config.lora, seed=config.seed)
-    fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
-    if accelerator.is_main_process:
-        report.write(config.output)
-    export.publish(method, config.output / "adapter", accelerator)
+    with start(config, planned) as (accelerator, pipeline):
+        batches = feeding.batches(
+            planned.pictures,
+            pipeline,
+            config,
+            accelerator,
+            cache_captions=config.lora.text_encoder is None,
+        )
+        models.store_in(pipeline, config.train.mixed_precision)
+        objective = Objective.of(pipeline.scheduler, config.diffusion)
+        method = Lora(pipeline, objective, config.lora, seed=config.seed)
+        fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
+        if accelerator.is_main_process:
+            report.write(config.output)
+        export.publish(method, config.output / "adapter", accelerator)
 
 
 class Lora:

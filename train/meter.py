@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from train.config import RunFailed
 from train.tracking import Trackers
 
 
@@ -105,42 +104,40 @@ class Meter:
         self,
         done: int,
         epoch: float,
-        loss: Tensor,
+        loss: Tensor | None,
         rates: dict[str, float],
         norm: Any,
         *,
         images: int,
+        left_out: int = 0,
     ) -> None:
         """Counts one optimizer step; every so often reads the device once and logs a line.
 
-        Raises RunFailed, on every process alike, once the loss is not finite.
+        loss: None for a step that was left out. left_out: how many were so far.
         """
-        self._loss += loss
-        self._count += 1
+        if loss is not None:
+            self._loss += loss
+            self._count += 1
         self._images += images
         self._bar.update()
         if done % self._every and done != self._steps:
             return
         (total, seen), seconds = self._summed(), self._seconds()
-        loss_mean = total / self._count
-        if not math.isfinite(loss_mean):
-            raise RunFailed(
-                f"the loss is not finite by step {done}. Repeat from the last checkpoint with "
-                "train.mixed_precision=bf16 or no, or lower optim.learning_rate, in a new output="
-            )
+        loss_mean = total / self._count if self._count else None
         metrics = {
             "step": done,
             "epoch": round(epoch, 4),
             "loss": loss_mean,
             **named_rates(rates),
             "grad_norm": float(norm) if math.isfinite(norm) else None,
+            **({"left_out": left_out} if left_out else {}),
             "images_per_second": round(seen / seconds, 3),
             "data_wait_fraction": round(self._waited / seconds, 4),
             "peak_memory_gib": round(peak_memory_gib(self._accelerator.device), 3),
         }
         self._trackers.log(metrics)
         self._bar.set_postfix(
-            loss=f"{loss_mean:.4f}",
+            loss="-" if loss_mean is None else f"{loss_mean:.4f}",
             img_s=f"{metrics['images_per_second']:.1f}",
             wait=f"{metrics['data_wait_fraction']:.0%}",
         )

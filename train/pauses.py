@@ -3,7 +3,7 @@ pictures."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +15,11 @@ from train.checkpoint import Checkpoints, DamagedCheckpoint
 from train.config import LoopConfig
 from train.course import Course, P
 from train.examination import Examination, Examined, Judge
+from train.guards import Guard
 from train.meter import Meter
 from train.method import Method
 from train.previews import Previews
+from train.stopping import Agreement, Interrupted
 from train.tracking import Trackers
 from train.validation import HeldOut, Validation
 
@@ -39,6 +41,8 @@ class Pause:
         checkpoints: Checkpoints,
         trackers: Trackers,
         meter: Meter,
+        guard: Guard,
+        agreement: Agreement,
         config: LoopConfig,
         accelerator: Accelerator,
         *,
@@ -49,6 +53,7 @@ class Pause:
         self.method, self.model, self.optimizer = method, model, optimizer
         self.averages, self.checkpoints = averages, checkpoints
         self.trackers, self.meter = trackers, meter
+        self.guard, self.agreement = guard, agreement
         self.config, self.accelerator = config, accelerator
         self.start = self.saved = start
         """The step of the last checkpoint."""
@@ -74,21 +79,34 @@ class Pause:
         return self.examination if self.config.validation.score else self.validation
 
     def before(self) -> None:
-        """At the start of a run, or of its continuation."""
+        """At the start of a run, or of its continuation. Raises as `after`."""
         self._mark_best()
-        if self.start == 0:
-            with sharding.gathered(self.method, self.accelerator):
-                self.previews.base(self.method)
-        self._look(self.start)  # also where a run ended between a checkpoint and what follows it
+        try:
+            if self.start == 0:
+                with sharding.gathered(self.method, self.accelerator):
+                    self.previews.base(self.method)
+                self.agreement.check()
+            # Also where a run ended between a checkpoint and what follows it.
+            self._look(self.start)
+        except Interrupted as interrupted:
+            self._end(self.start, interrupted)
 
     def after(self, done: int) -> None:
-        """After `done` optimizer steps."""
+        """After `done` optimizer steps. Raises Interrupted, on every process alike and with a
+        checkpoint saved, where one of them was asked to end."""
         if self._due(done, self.config.checkpoint.every):
             self._save(done)
-        self._look(done)
+        try:
+            self.agreement.check()
+            self._look(done)
+        except Interrupted as interrupted:
+            self._end(done, interrupted)
 
     def settle(self) -> None:
-        """Leaves in the model the weights that are to be used."""
+        """Leaves in the model the weights that are to be used, once all that was saved is on the
+        disk."""
+        self.checkpoints.wait()
+        self.accelerator.wait_for_everyone()
         wanted, title = self.config.validation.use_best, self.chooser.title
         best = self.chooser.best if wanted else None
         if best is not None:
@@ -111,6 +129,16 @@ class Pause:
             f"took the weights of step {step} ({self.chooser.title} {self.chooser.value:.4f})"
         )
 
+    def _end(self, done: int, interrupted: Interrupted) -> NoReturn:
+        """The end of a run that was asked to, after `done` steps."""
+        if done:
+            self._save(done)
+            self.checkpoints.wait()
+        # A launcher that sees one process end ends the others: not before all is saved.
+        self.accelerator.wait_for_everyone()
+        interrupted.step = done
+        raise interrupted
+
     def _look(self, done: int) -> None:
         """At the weights that would be used after `done` steps."""
         steps = self.config.train.steps
@@ -121,7 +149,9 @@ class Pause:
             return
         with self.averages.applied():
             examined = self._draw(done, show, examine) if show or examine else None
-            measured = self.validation.run(self.model, done) if measure else None
+            measured = (
+                self.validation.run(self.model, done, self.agreement.check) if measure else None
+            )
         self._keep(self.validation, measured)
         self._keep(self.examination, examined)
 
@@ -130,6 +160,7 @@ class Pause:
         with sharding.gathered(self.method, self.accelerator):
             if show:
                 self.previews.render(self.method, done)
+                self.agreement.check()
             return self.examination.run(self.method, done) if examine else None
 
     def _keep(self, course: Course[P], found: P | None) -> None:
@@ -163,10 +194,10 @@ class Pause:
             self.optimizer,
             self.averages.state(),
             meter=self.meter.state(),
+            guard=self.guard.state(),
             **scaler_state(self.accelerator),
         )
         self.saved = done
-        self.accelerator.wait_for_everyone()
 
     def _due(self, done: int, every: int) -> bool:
         return due(done, every, self.config.train.steps)

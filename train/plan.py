@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.checks import token_counter
 from data.listing import few
-from train import demands, models, pictures, rundir, validation_data
+from train import demands, models, pictures, rundir, stopping, validation_data
 from train.config import FullRun, RunConfig, TextualInversionRun, UserError
 from train.models import BaseModel
 from train.packages import require_deepspeed, require_optimizer
@@ -82,10 +83,12 @@ def plan(
     return None if finished or config.dry_run else Plan(base, found, scoring)
 
 
+@contextmanager
 def start(
     config: RunConfig, planned: Plan, *, dataset: Mapping[str, Any] | None = None
-) -> tuple[Accelerator, Pipeline]:
-    """The accelerator and the frozen base; the run directory has its configuration and manifest.
+) -> Iterator[tuple[Accelerator, Pipeline]]:
+    """The accelerator and the frozen base of a run, which lasts as long as the context: signals are
+    listened to within it. The run directory has its configuration and manifest.
 
     dataset: what the manifest says of the pictures besides, or instead. Raises UserError where a
     run that is to be resumed had another base or other pictures.
@@ -93,22 +96,23 @@ def start(
     from eval.processes import quieten
     from train.launch import open_accelerator
 
-    quieten()
-    accelerator = open_accelerator(config.train.mixed_precision)
-    pipeline = models.load_base(config, accelerator)
-    _say(f"predicts {pipeline.scheduler.config.prediction_type}")
-    manifest = {
-        "base": asdict(planned.base)
-        | {"family": planned.base.family.name}
-        | {"sha256": {part: models.fingerprint(getattr(pipeline, part)) for part in _HASHED}},
-        "dataset": _dataset(planned.pictures) | dict(dataset or {}),
-        "processes": accelerator.num_processes,
-    }
-    rundir.check_unchanged(config.output, manifest)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        rundir.create(config, manifest)
-    return accelerator, pipeline
+    with stopping.listening(config.output):
+        quieten()
+        accelerator = open_accelerator(config.train.mixed_precision)
+        pipeline = models.load_base(config, accelerator)
+        _say(f"predicts {pipeline.scheduler.config.prediction_type}")
+        manifest = {
+            "base": asdict(planned.base)
+            | {"family": planned.base.family.name}
+            | {"sha256": {part: models.fingerprint(getattr(pipeline, part)) for part in _HASHED}},
+            "dataset": _dataset(planned.pictures) | dict(dataset or {}),
+            "processes": accelerator.num_processes,
+        }
+        rundir.check_unchanged(config.output, manifest)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            rundir.create(config, manifest)
+        yield accelerator, pipeline
 
 
 def _quarantine(config: RunConfig) -> Path | None:

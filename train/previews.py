@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image, ImageOps
 from torch import nn
+from tqdm import tqdm
 
 from data.images import open_image
 from data.maps import open_depth, open_mask
+from train import stopping
 from train.config import PreviewConfig
 from train.families import Family, family_of
+from train.guards import is_out_of_memory
 from train.method import Method
 
 
@@ -48,16 +52,20 @@ class Previews:
             return
         # Only the main process may look: the others would see what it has just written.
         if self._accelerator.is_main_process and not self._path(name).exists():
-            pictures = self._generate(method)
-            temporary = self._path(f".writing-{name}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for k, picture in enumerate(pictures):
-                picture.save(temporary / f"{k:02d}.png")
-            if name != "base" and pictures:
-                grid([*self._base_row(len(pictures)), pictures]).save(temporary / "grid.png")
-            os.replace(temporary, self._path(name))
+            # Whoever was asked to end goes on to where all processes find that out.
+            with suppress(stopping.Interrupted), _costing_no_run(name):
+                self._save(self._generate(method), name)
         self._accelerator.wait_for_everyone()
+
+    def _save(self, pictures: list[Image.Image], name: str) -> None:
+        temporary = self._path(f".writing-{name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for k, picture in enumerate(pictures):
+            picture.save(temporary / f"{k:02d}.png")
+        if name != "base" and pictures:
+            grid([*self._base_row(len(pictures)), pictures]).save(temporary / "grid.png")
+        os.replace(temporary, self._path(name))
 
     def _base_row(self, count: int) -> list[list[Image.Image]]:
         """The base's pictures as one row, or none where previews were asked for only later."""
@@ -73,6 +81,7 @@ class Previews:
             return [self._picture(pipeline, k) for k in range(len(self._config.prompts))]
 
     def _picture(self, pipeline: Any, k: int) -> Image.Image:
+        stopping.check()
         config = self._config
         side = config.resolution
         assert side is not None
@@ -89,6 +98,24 @@ class Previews:
             **size,
         )
         return result.images[0]
+
+
+@contextmanager
+def _costing_no_run(name: str) -> Iterator[None]:
+    """Where memory does not suffice for pictures there are none."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = str(error).partition("\n")[0]
+        tqdm.write(
+            f"warning: no previews of {name}, out of memory: {first} A smaller preview.resolution "
+            "needs less; preview.every=0 does without"
+        )
+    else:
+        return
+    clear_device_cache(garbage_collection=True)  # once the error, which holds on to it, is gone
 
 
 @contextmanager

@@ -7,13 +7,15 @@ training loop asks between two steps, all processes together (`Agreement`), and 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import RunFailed
@@ -31,6 +33,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SECOND_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
+FILE = "interrupted.json"
+
 _asked: tuple[int, float] | None = None
 """The first signal and when it came."""
 
@@ -42,6 +46,8 @@ class Interrupted(SystemExit):
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.number = number
+        self.step: int | None = None
+        """That of the checkpoint which was saved for it, if the run had come so far."""
 
     @property
     def name(self) -> str:
@@ -52,9 +58,13 @@ class Interrupted(SystemExit):
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def listening(output: Path) -> Iterator[None]:
     """Within it the signals are taken note of, but for those that whoever started this process has
-    it ignore (nohup). A second Ctrl-C ends it at once, without saving."""
+    it ignore (nohup). A second Ctrl-C ends it at once, without saving.
+
+    Where the run in the folder `output` ends for one, OUTPUT/interrupted.json says so: launchers
+    end with a code of their own.
+    """
     global _asked
     _asked = None
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -64,10 +74,31 @@ def listening() -> Iterator[None]:
     _follow_the_launcher()
     try:
         yield
+    except Interrupted as interrupted:
+        if os.environ.get("RANK", "0") == "0":
+            _tell(output, interrupted)
+        raise
     finally:
         for number in heard:
             signal.signal(number, before[number])
         _asked = None
+
+
+def _tell(output: Path, interrupted: Interrupted) -> None:
+    content = {
+        "signal": interrupted.name,
+        "exit_code": interrupted.code,
+        "step": interrupted.step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with suppress(OSError):
+        temporary = output / f".writing-{FILE}"
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        temporary.replace(output / FILE)
+    kept = "nothing was trained since it began"
+    if interrupted.step:
+        kept = f"the checkpoint of step {interrupted.step} is saved"
+    print(f"{interrupted}: {kept}; the same command goes on from there", flush=True)
 
 
 def _note(number: int, _frame: Any) -> None:
@@ -162,6 +193,13 @@ class Agreement:
                 "command goes on from the last checkpoint"
             ) from None
         return numbers.tolist()
+
+    def close(self) -> None:
+        if self._group is not None:
+            import torch.distributed
+
+            torch.distributed.destroy_process_group(self._group)
+            self._group = None
 
     def check(self) -> None:
         """Raises Interrupted in all processes where any was asked to end. They meet here."""

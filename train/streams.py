@@ -14,6 +14,7 @@ from data.files import progress
 from data.records import Record, Table
 from train.config import DataConfig
 from train.pictures import Part, Pictures, bucketed, cropping, policy
+from train.stopping import checking
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -95,7 +96,7 @@ class _Passing:
             on_bad=on_bad,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
-            progress=progress("streaming shards", accelerator.is_main_process),
+            progress=checking(progress("streaming shards", accelerator.is_main_process)),
         )
         accelerator.wait_for_everyone()
         self.store.refresh()

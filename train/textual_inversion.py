@@ -41,16 +41,18 @@ def main(arguments: list[str]) -> None:
     from train.diffusion import Objective
     from train.loop import fit
 
-    accelerator, pipeline = start(config, planned)
-    tokens = new_tokens.add(pipeline.tokenizer, config.textual_inversion.tokens)
-    batches = feeding.batches(planned.pictures, pipeline, config, accelerator, cache_captions=False)
-    models.store_in(pipeline, config.train.mixed_precision)
-    objective = Objective.of(pipeline.scheduler, config.diffusion)
-    method = TextualInversion(pipeline, objective, tokens, config.lora, seed=config.seed)
-    fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
-    if accelerator.is_main_process:
-        report.write(config.output)
-    export.publish(method, config.output / "adapter", accelerator)
+    with start(config, planned) as (accelerator, pipeline):
+        tokens = new_tokens.add(pipeline.tokenizer, config.textual_inversion.tokens)
+        batches = feeding.batches(
+            planned.pictures, pipeline, config, accelerator, cache_captions=False
+        )
+        models.store_in(pipeline, config.train.mixed_precision)
+        objective = Objective.of(pipeline.scheduler, config.diffusion)
+        method = TextualInversion(pipeline, objective, tokens, config.lora, seed=config.seed)
+        fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
+        if accelerator.is_main_process:
+            report.write(config.output)
+        export.publish(method, config.output / "adapter", accelerator)
 
 
 def check(config: TextualInversionRun, found: Pictures) -> list[str]:

@@ -3,7 +3,7 @@ changes between two of them is the model."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,11 +71,13 @@ class Validation(Course[Measured]):
         )
         self._warned = any(self._risen(end) for end in range(len(self._history) + 1))
 
-    def run(self, model: nn.Module, done: int) -> Measured:
+    def run(
+        self, model: nn.Module, done: int, check: Callable[[], None] = lambda: None
+    ) -> Measured:
         """The held-out loss of the model as it is, where it is due. A place where all processes
-        meet."""
+        meet; before each batch they `check` whether to go on."""
         assert self._held_out is not None
-        measured = self._measured(self._held_out, done, self._losses(self._held_out, model))
+        measured = self._measured(self._held_out, done, self._losses(self._held_out, model, check))
         self._add(measured)
         if self._accelerator.is_main_process:
             self._say(measured)
@@ -89,7 +91,7 @@ class Validation(Course[Measured]):
             at += timesteps.size
         return Measured(done, sides["held_out"], sides["train"])
 
-    def _losses(self, held_out: HeldOut, model: nn.Module) -> np.ndarray:
+    def _losses(self, held_out: HeldOut, model: nn.Module, check: Callable[[], None]) -> np.ndarray:
         """Every loss by its row, float64, on all processes."""
         device = self._accelerator.device
         count = sum(timesteps.size for timesteps in held_out.timesteps.values())
@@ -99,6 +101,7 @@ class Validation(Course[Measured]):
         batches = tqdm(held_out, "held-out loss", leave=False, delay=2.0, disable=not shown)
         with torch.no_grad(), at_rest(model):
             for batch in batches:
+                check()
                 rows = batch.pop("row").to(device)
                 losses[rows] = model(_moved(batch, device)).float()
         found = self._accelerator.reduce(losses[:-1], reduction="sum")

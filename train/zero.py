@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from train.config import RunFailed, TrainConfig
+from train.config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,14 +83,13 @@ class ZeroOptimizer:
             for parameter in parameters
         }
 
+    @property
+    def overflow(self) -> bool:
+        """Whether it left out the step, for a gradient that is not finite."""
+        return bool(self._zero.overflow)
+
     def step(self) -> None:
-        """DeepSpeed steps in the backward pass of the last micro-batch. Raises RunFailed where it
-        did not, which it does not say itself."""
-        if self._zero.overflow:
-            raise RunFailed(
-                "training diverged: the gradient is not finite. Repeat from the last checkpoint "
-                "with a lower optim.learning_rate in a new output="
-            )
+        """DeepSpeed has done it, in the backward pass of the last micro-batch."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """DeepSpeed has done it."""
