@@ -22,6 +22,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_EXTENSIONS = (".txt", ".caption")
 FOCUS = ".focus.json"
 NAMED_AT_MOST = 20
+SHOWN_AT_MOST = 600  # characters of a name
 MAX_TEXT_BYTES = 64 << 10  # of a text file beside a picture: far above any caption
 _NOT_REGULAR = "is not a regular file: remove it"
 _LINKED_FOLDER = "links to folders are not followed: copy the pictures in"
@@ -261,8 +262,10 @@ class Tally:
 
 
 def shown(name: str) -> str:
-    """A file name as it can stand in a message, control characters escaped."""
-    return name if name.isprintable() else ascii(name)
+    """A file name as it can stand in a message: control characters escaped, and of a length that
+    a name in a metadata file need not have."""
+    plain = name if name.isprintable() else ascii(name)
+    return plain if len(plain) <= SHOWN_AT_MOST else f"{plain[:SHOWN_AT_MOST]}..."
 
 
 def few(what: str, names: Sequence[str]) -> str:

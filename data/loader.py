@@ -7,8 +7,10 @@ trains on exactly the same numbers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -294,8 +296,8 @@ class _Steps(Dataset[Batch | UserError]):
             return error
 
 
-def _begin_worker(_: int) -> None:
-    stopping.ignore()
+def _begin_worker(parent: int, _: int) -> None:
+    stopping.ignore(parent)
 
 
 def _unchanged(batch: Any) -> Any:
@@ -322,11 +324,13 @@ def loader(
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
-        worker_init_fn=_begin_worker if workers else None,
+        worker_init_fn=partial(_begin_worker, os.getpid()) if workers else None,
         collate_fn=_unchanged,
         generator=torch.Generator(),
     )
-    for batch in steps:
+    with stopping.deferred():
+        made = iter(steps)
+    for batch in made:
         if isinstance(batch, UserError):
             raise batch
         yield cut(batch, micro_batch_size)

@@ -254,7 +254,6 @@ def _used(columns: list[str], path: str, keys: Sequence[str]) -> list[str]:
 
 
 def _parquet_rows(path: str, keys: Sequence[str]) -> Lines:
-    import pyarrow as pa
     import pyarrow.parquet as parquet
 
     try:
@@ -262,8 +261,11 @@ def _parquet_rows(path: str, keys: Sequence[str]) -> Lines:
             columns = _used(file.schema_arrow.names, path, keys)
             batches = file.iter_batches(batch_size=1024, columns=columns)
             yield from enumerate((row for batch in batches for row in _rows(batch)), start=1)
-    except pa.ArrowException as error:
-        raise UserError(f"{path} is not a parquet file that can be read ({error})") from error
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
+        why = shown(str(error) or type(error).__name__)
+        raise UserError(f"{path} is not a parquet file that can be read ({why})") from error
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[Mapping[str, Any] | str]:

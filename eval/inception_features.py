@@ -117,8 +117,11 @@ def _read_state(file: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
+    from train.safetensors_file import read_header
+
     try:
         if file.suffix == ".safetensors":
+            read_header(file)
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
         return {name: tensor for name, tensor in state.items() if tensor.ndim >= 0}

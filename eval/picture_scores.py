@@ -90,9 +90,11 @@ class Nsfw:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         try:
-            self._processor: Any = AutoImageProcessor.from_pretrained(model, backend="pil")
+            self._processor: Any = AutoImageProcessor.from_pretrained(
+                model, backend="pil", trust_remote_code=False
+            )
             self._model: Any = AutoModelForImageClassification.from_pretrained(
-                model, use_safetensors=True
+                model, use_safetensors=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -156,8 +158,11 @@ def _read_tensors(file: Path) -> dict[str, np.ndarray]:
     import torch
     from safetensors.torch import load_file
 
+    from train.safetensors_file import read_header
+
     try:
         if file.suffix == ".safetensors":
+            read_header(file)
             tensors = load_file(file)
         else:
             tensors = torch.load(file, map_location="cpu", weights_only=True)

@@ -56,7 +56,10 @@ def read(path: str | Path) -> tuple[Moments, dict[str, Any]]:
     """The moments and what the file says of them: `extractor`, `n` and `sources`."""
     from safetensors import SafetensorError, safe_open
 
+    from train.safetensors_file import read_header
+
     try:
+        read_header(Path(path))
         with safe_open(str(path), framework="numpy") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
@@ -64,7 +67,7 @@ def read(path: str | Path) -> tuple[Moments, dict[str, Any]]:
             about = json.loads(header["about"])
             mean, m2 = file.get_tensor("mean"), file.get_tensor("m2")
             return _moments(about, mean, m2), about
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is no reference file, or a damaged one ({error}): remake it"
         ) from None

@@ -59,7 +59,9 @@ def _read(folder: Path, resize: Mode) -> Input:
     """As the folder's image processor has it, but that nothing is cropped."""
     from transformers import AutoImageProcessor
 
-    processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor: Any = AutoImageProcessor.from_pretrained(
+        folder, backend="pil", trust_remote_code=False
+    )
     crops = getattr(processor, "do_center_crop", False) and processor.crop_size is not None
     size = processor.crop_size if crops else processor.size
     height, width = (size[key] or size["shortest_edge"] for key in ("height", "width"))

@@ -4,6 +4,7 @@
     python scripts/benchmark.py data quick=true output=benchmark.json
     python scripts/benchmark.py data parts='[decode, reading]'
     python scripts/benchmark.py metrics
+    python scripts/benchmark.py checkpoint
 
 What is compared is measured in one run, in turns. The tables are those in docs/benchmarks.md.
 """
@@ -19,6 +20,7 @@ from train.config import Section, UserError, command, load
 
 DataPart = Literal["decode", "planning", "reading", "memory", "edit"]
 MetricsPart = Literal["streaming", "frechet", "intervals", "pairs"]
+CheckpointPart = Literal["writing", "training"]
 
 
 class DataBenchmark(Section):
@@ -45,6 +47,19 @@ class MetricsBenchmark(Section):
     """What to measure."""
 
 
+class CheckpointBenchmark(Section):
+    """Writing of checkpoints, and what training loses by it (scripts/benchmark.py checkpoint)."""
+
+    output: Path | None = None
+    """JSON file for the figures; by default they are only printed."""
+    quick: bool = False
+    """A tenth or less of the work: figures to try it out, not to quote."""
+    parts: list[CheckpointPart] = ["writing", "training"]
+    """What to measure."""
+    scratch: Path | None = None
+    """Folder for some GiB of files made and removed; default: the system's own."""
+
+
 def main(arguments: list[str]) -> None:
     task, *rest = arguments or [""]
     if task in {"--help", "-h"}:
@@ -53,8 +68,10 @@ def main(arguments: list[str]) -> None:
         data(load(DataBenchmark, rest))
     elif task == "metrics":
         metrics(load(MetricsBenchmark, rest))
+    elif task == "checkpoint":
+        checkpoint(load(CheckpointBenchmark, rest))
     else:
-        remedy = "python scripts/benchmark.py data, or metrics"
+        remedy = "python scripts/benchmark.py data, metrics or checkpoint"
         raise UserError(f"say what to measure, and not {task!r}: {remedy}")
 
 
@@ -74,7 +91,19 @@ def metrics(config: MetricsBenchmark) -> None:
     report(results, metrics_benchmark.table(results), config)
 
 
-def report(results: dict[str, Any], table: str, config: DataBenchmark | MetricsBenchmark) -> None:
+def checkpoint(config: CheckpointBenchmark) -> None:
+    from scripts.benchmarks import checkpoint_benchmark
+
+    scale = checkpoint_benchmark.QUICK if config.quick else checkpoint_benchmark.FULL
+    results = checkpoint_benchmark.measure(config.parts, scale, scratch=config.scratch)
+    report(results, checkpoint_benchmark.table(results), config)
+
+
+def report(
+    results: dict[str, Any],
+    table: str,
+    config: DataBenchmark | MetricsBenchmark | CheckpointBenchmark,
+) -> None:
     """Print the figures as JSON and as the table, and write the JSON to config.output."""
     from scripts.benchmarks import measuring
 

@@ -240,6 +240,13 @@ def test_a_refused_run_has_written_nothing_among_the_pictures(world, tmp_path):
     assert sorted(path.name for path in folder.rglob("*")) == before
 
 
+def test_a_run_that_is_refused_leaves_nothing_behind(world, tmp_path):
+    for mistake in ("data.path=/nowhere", "lora.start_from=/nowhere", "evaluation.path=/nowhere"):
+        with pytest.raises(UserError, match="/nowhere"):
+            lora.main(arguments(world, tmp_path / "runs/new", mistake))
+        assert not list(tmp_path.iterdir())
+
+
 def test_the_output_of_prepare_is_not_taken_for_pictures(world, tmp_path):
     prepared = tmp_path / "prepared"
     (prepared / "train").mkdir(parents=True)

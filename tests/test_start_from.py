@@ -195,3 +195,38 @@ def test_a_base_whose_layers_only_loading_tells_is_checked_then(tmp_path, base):
     adapters.check(LoraConfig(rank=2, start_from=start), ModelConfig(path=str(tmp_path)))
     with pytest.raises(UserError, match="has rank 8, and lora.rank or lora.blocks makes it 2"):
         adapters.attach(tiny_pipeline(), LoraConfig(rank=2, start_from=start), seed=0)
+
+
+def test_one_that_is_not_finite_is_refused_with_nothing_copied(tmp_path):
+    exported(tmp_path / "adapter", LoraConfig())
+    state = load_file(tmp_path / "adapter" / FILE)
+    state[max(state)][0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    pipeline = tiny_pipeline()
+    with pytest.raises(UserError, match="nan.safetensors is not finite in unet_"):
+        adapters.attach(
+            pipeline, LoraConfig(alpha=8.0, start_from=str(tmp_path / "nan.safetensors")), seed=0
+        )
+    after = values(pipeline)
+    assert all((v == 0).all() for name, v in after.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("change", ["spelling", "factors", "scalar"])
+def test_a_file_whose_tensors_do_not_make_layers_is_refused(tmp_path, base, change):
+    exported(tmp_path / "adapter", LoraConfig())
+    state = load_file(tmp_path / "adapter" / FILE)
+    name = next(name for name in state if name.endswith("lora_A.weight"))
+    if change == "spelling":
+        state[name.replace("lora_A", "lora.down")] = state[name].clone()
+    elif change == "factors":
+        state[name] = torch.zeros(0, state[name].shape[1])
+    else:
+        state[name.replace("lora_A.weight", "alpha")] = torch.zeros(2)
+    save_file(state, tmp_path / "a.safetensors")
+    said = {
+        "spelling": "in two spellings",
+        "factors": "do not make one",
+        "scalar": "not one number",
+    }
+    with pytest.raises(UserError, match=f"a.safetensors.*{said[change]}"):
+        adapters.check(LoraConfig(start_from=str(tmp_path / "a.safetensors")), base)

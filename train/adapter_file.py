@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from data.tokens import embedding_names
+from train import adapter_settings
 from train.config import DiffusionConfig, UserError
 from train.inspection import read_json
+from train.safetensors_file import read_header, shown
 
 Shapes = dict[str, tuple[int, ...]]
 Layers = dict[str, tuple[int | None, int | None]]
@@ -53,6 +55,13 @@ class Adapter:
 
 def find(text: str) -> Adapter:
     """`path` or `path:scale`, of a folder or file; UserError where there is no safetensors file."""
+    try:
+        return _find(text)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise UserError(f"adapters={shown(text)}: {error.strerror or error}") from None
+
+
+def _find(text: str) -> Adapter:
     path, scale = text, 1.0
     head, colon, tail = text.rpartition(":")
     if colon and not Path(text).exists():
@@ -138,14 +147,16 @@ def _check_embedding(file: Path, base: Shapes, words: set[str]) -> set[str]:
         )
     if known := words & set(embedding_names(token, 2)):
         raise UserError(
-            f"{file} is for the word {token}, and {' and '.join(sorted(known))} is in the "
+            f"{file} is for the word {shown(token)}, and {' and '.join(sorted(known))} is in the "
             "vocabulary already, of the base or of an embedding before it"
         )
     return set(embedding_names(token, shape[0] if len(shape) > 1 else 1))
 
 
 def _check(file: Path, base: Shapes) -> None:
-    tensors = header(file)
+    found = read_header(file)
+    adapter_settings.read(file, found.metadata)
+    tensors = {name: entry.shape for name, entry in found.tensors.items()}
     layers = _layers(tensors)
     if tensors.keys() == {"clip_l", "clip_g"}:
         raise UserError(f"{file} is an embedding of Stable Diffusion XL, which the base is not")
@@ -160,20 +171,14 @@ def _check(file: Path, base: Shapes) -> None:
         if shape is None or inputs not in (None, shape[1]) or outputs not in (None, shape[0]):
             has = f"has {shape[1]} -> {shape[0]}" if shape else "has no such layer"
             raise UserError(
-                f"{file} does not fit the base: it changes {name} ({inputs} -> {outputs}), the "
-                f"base {has}. Use the base it was trained on"
+                f"{file} does not fit the base: it changes {shown(name)} ({inputs} -> {outputs}), "
+                f"the base {has}. Use the base it was trained on"
             )
 
 
 def header(file: Path) -> Shapes:
-    """Names and shapes of a safetensors file's tensors, without reading them."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read as safetensors ({error})") from None
+    """Names and shapes of a safetensors file's tensors, without reading them. Raises UserError."""
+    return {name: entry.shape for name, entry in read_header(file).tensors.items()}
 
 
 def folder_shapes(folder: Path) -> Shapes:
@@ -266,8 +271,8 @@ def apply(pipeline: Any, adapters: Sequence[Adapter]) -> None:
 def _load(file: Path, load: Any, **how: str) -> None:
     try:
         load(str(file.parent), weight_name=file.name, **how)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{file} could not be applied: {error}") from None
+    except Exception as error:  # what fits by name and shape can still be odd in any way
+        raise UserError(f"{file} could not be applied: {shown(str(error))}") from None
 
 
 def trained_with(adapters: Sequence[Adapter]) -> dict[str, Any]:

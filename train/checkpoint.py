@@ -5,49 +5,72 @@ A checkpoint is a folder `step-00000100` with `model.safetensors` (the trainable
 name), `optimizer.safetensors` (its state by parameter name), with a moving average
 `averages.safetensors`, and `manifest.json` (step, sizes, hashes, scalars). The learning rate, the
 data position and all randomness are functions of the step and need no state. Beside them
-`best.json` tells which of them is kept for its held-out loss.
+`best.json` tells which of them is kept for its held-out loss. Whatever begins with a dot is on its
+way, and the next run sees to it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from errno import EFBIG
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from train.averaging import Averages
+from train.background import Background
+from train.checkpoint_files import (
+    FORMAT,
+    MANIFEST,
+    DamagedCheckpoint,
+    named,
+    read_manifest,
+    read_tensors,
+    sync,
+    verify,
+    write_synced,
+    write_tensors,
+)
 from train.config import RunFailed
-from train.sharding import fill, is_sharded, like, whole
+from train.sharding import is_sharded
+from train.training_state import (
+    gather_for_another,
+    load_optimizer,
+    load_trainable,
+    on_cpu,
+    optimizer_state,
+    trainable_state,
+)
 
-FORMAT = 1
-_TEMPORARY = ".writing-"
-_FILES = ("model.safetensors", "optimizer.safetensors")
+_WRITING, _REPLACED, _REMOVED = ".writing-", ".replaced-", ".removed-"
 _BEST = "best.json"
-
-
-class DamagedCheckpoint(RunFailed):
-    """A checkpoint whose files do not match its manifest; names the file."""
+_PATIENCE = 1800  # seconds that a run which ends waits for its last checkpoint
 
 
 class Checkpoints:
     """The checkpoints of one run: the newest `keep` of them, and the best.
 
-    writes: whether this process writes them; one of several does.
+    writes: whether this process writes them; one of several does. asynchronous: writes beside
+    training, which goes on with its own tensors once they are copied; `wait` tells when all is on
+    the disk, and `close` belongs to the end of a run.
     """
 
     def __init__(
         self, folder: Path, *, keep: int, writes: bool = True, asynchronous: bool = False
     ) -> None:
-        self.folder, self.keep, self.writes = folder, keep, writes
+        self.folder, self.keep = folder, keep
+        self.writes, self.asynchronous = writes, asynchronous
         self._best: int | None = None
+        self._verified: set[int] = set()
+        self._background = Background("writing a checkpoint")
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
@@ -55,7 +78,13 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return self.folder / named(step)
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """The manifest of a checkpoint. Raises DamagedCheckpoint."""
+        return read_manifest(self.path(step))
+
+    # Saving
 
     def save(
         self,
@@ -68,50 +97,140 @@ class Checkpoints:
         """Writes the state after `step` optimizer steps. Called by every process, for where the
         model is sharded all of them have a part.
 
-        averages: what `Averages.state` gives. Raises RunFailed, and leaves the older checkpoints,
-        where a parameter is not finite or the disk does not take it.
+        averages: what `Averages.state` gives; facts: what JSON can hold. Raises RunFailed, and
+        leaves the older checkpoints, where a parameter is not finite or the disk does not take it;
+        an asynchronous one raises that at the next `save` or `wait`.
         """
+        parameters = dict(model.named_parameters())
         if not self.writes:
             if is_sharded(model):
-                _gather_for_another(model, optimizer, averages or {})
+                gather_for_another(parameters, optimizer, averages or {})
             return
-        state = trainable_state(model)
+        self.wait()  # at most one state is held besides that in training
+        own = self.asynchronous
+        state = trainable_state(parameters, copy=own)
         self._refuse_non_finite(step, state)
-        tensors, scalars = optimizer_state(model, optimizer)
+        tensors, scalars = optimizer_state(parameters, optimizer, copy=own)
         files = {"model": state, "optimizer": tensors}
         if averages:
-            files["averages"] = {name: _on_cpu(tensor) for name, tensor in averages.items()}
+            files["averages"] = {name: on_cpu(value, copy=own) for name, value in averages.items()}
+        facts = copy.deepcopy({"optimizer": scalars, **facts})
+        if self.asynchronous:
+            self._background.start(partial(self._put, step, files, facts))
+        else:
+            self._put(step, files, facts)
+
+    def wait(self) -> None:
+        """Until whatever was saved is on the disk. Raises RunFailed where it could not be."""
+        self._background.wait()
+
+    def close(self) -> None:
+        """`wait` for the end of a run, however it ends: where another exception ends it, what goes
+        wrong here is only said. Waits half an hour at most."""
+        ending = sys.exception()
         try:
-            self._write(step, files, {"optimizer": scalars, **facts})
-        except (OSError, SafetensorError) as error:
+            self._background.wait(_PATIENCE)
+        except Exception as error:
+            if ending is None:
+                raise
+            print(f"warning: {error}", flush=True)
+
+    def _put(self, step: int, files: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+        try:
+            self._write(step, files, facts)
+        except OSError as error:
             self._clean()
             raise RunFailed(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {error}. "
-                "Free space there; the same command then goes on from the checkpoint before it"
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error}; "
+                f"{self._newest()}. {_remedy(error)}, then give the same command again"
             ) from None
+        self._verified.add(step)
         self._prune(step)
 
-    def _write(
-        self, step: int, contents: dict[str, dict[str, Tensor]], facts: dict[str, Any]
-    ) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _write(self, step: int, files: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            sync(self.folder.parent)
         self._clean()
-        temporary = self.folder / f"{_TEMPORARY}{self.path(step).name}"
+        temporary = self.folder / f"{_WRITING}{named(step)}"
         temporary.mkdir()
-        for name, tensors in contents.items():
-            save_file(tensors, temporary / f"{name}.safetensors")
-        files = {path.name: _measure(path) for path in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, "step": step, "files": files, **facts}
-        write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1))
-        for path in temporary.iterdir():
-            sync(path)
-        shutil.rmtree(self.path(step), ignore_errors=True)
-        os.replace(temporary, self.path(step))
+        listed = {}
+        for name, tensors in files.items():
+            file = f"{name}.safetensors"
+            listed[file] = write_tensors(temporary / file, tensors)
+        manifest = {"format": FORMAT, "step": step, "files": listed, **facts}
+        write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        sync(temporary)
+        self._place(temporary, self.path(step))
+
+    def _place(self, temporary: Path, path: Path) -> None:
+        """Under its name, in place of what has it."""
+        replaced = self._set_aside(path, _REPLACED)
+        os.replace(temporary, path)
         sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _set_aside(self, path: Path, prefix: str) -> Path:
+        """Half a checkpoint must not have the name of one, so what goes changes its name first."""
+        aside = path.with_name(f"{prefix}{path.name}")
+        if path.exists():
+            os.replace(path, aside)
+        return aside
+
+    def _prune(self, newest: int) -> None:
+        """Leaves the `keep` complete ones up to `newest`; what is newer was damaged, and will be
+        replaced."""
+        until = [step for step in self.steps() if step <= newest]
+        kept = 0
+        for step in reversed(until) if len(until) > self.keep else ():
+            if kept < self.keep:
+                kept += self._is_intact(step)
+            elif step != self._best:
+                shutil.rmtree(self._set_aside(self.path(step), _REMOVED), ignore_errors=True)
+
+    def _is_intact(self, step: int) -> bool:
+        """Whether it is complete. Hashes are read once, of what this process has not written."""
+        try:
+            verify(self.path(step), hashes=step not in self._verified)
+        except DamagedCheckpoint:
+            return False
+        self._verified.add(step)
+        return True
+
+    def _clean(self) -> None:
+        """Removes what a killed writer left, but for a checkpoint that it was about to replace."""
+        for path in self.folder.glob(f"{_REPLACED}*"):
+            name = self.folder / path.name.removeprefix(_REPLACED)
+            if not name.exists():
+                os.replace(path, name)
+        for start in (_WRITING, _REPLACED, _REMOVED):
+            for path in self.folder.glob(f"{start}*"):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+    def _refuse_non_finite(self, step: int, state: dict[str, Tensor]) -> None:
+        if nn.utils.get_total_norm(state.values(), math.inf).isfinite():
+            return
+        broken = next(name for name, tensor in state.items() if not tensor.isfinite().all())
+        raise RunFailed(
+            f"training diverged before step {step}: {broken} is not finite; {self._newest()}. "
+            "Lower optim.learning_rate, or use train.mixed_precision=bf16 or no, in a new output="
+        )
+
+    def _newest(self) -> str:
+        intact = next((step for step in reversed(self.steps()) if self._is_intact(step)), None)
+        if intact is None:
+            return "there is none before it"
+        return f"the checkpoint of step {intact} is intact"
+
+    # The best
 
     def mark_best(self, step: int | None, **facts: Any) -> None:
-        """Keeps the checkpoint of `step`, which is there, until another is better; None keeps none.
-        best.json, for whoever looks, has the facts too; nothing here reads it."""
+        """Keeps the checkpoint of `step`, which was saved, until another is better; None keeps
+        none. best.json, for whoever looks, has the facts too; nothing here reads it."""
+        self.wait()
         self._best = step
         if self.writes and step is None:
             (self.folder / _BEST).unlink(missing_ok=True)
@@ -119,24 +238,12 @@ class Checkpoints:
             self._write_best({"step": step, **facts})
 
     def _write_best(self, content: dict[str, Any]) -> None:
-        temporary = self.folder / f"{_TEMPORARY}{_BEST}"
+        temporary = self.folder / f"{_WRITING}{_BEST}"
         write_synced(temporary, json.dumps(content) + "\n")
         os.replace(temporary, self.folder / _BEST)
         sync(self.folder)
 
-    def _refuse_non_finite(self, step: int, state: dict[str, Tensor]) -> None:
-        broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-        if broken:
-            kept = self.steps()
-            last = f"the checkpoint of step {kept[-1]} is intact" if kept else "none was saved yet"
-            raise RunFailed(
-                f"training diverged before step {step}: {broken[0]} is not finite; {last}. Lower "
-                "optim.learning_rate, or use train.mixed_precision=bf16 or no, in a new output="
-            )
-
-    def facts(self, step: int) -> dict[str, Any]:
-        """The manifest of a checkpoint."""
-        return dict(json.loads((self.path(step) / "manifest.json").read_text(encoding="utf-8")))
+    # Loading
 
     def restore(
         self,
@@ -144,21 +251,23 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         averages: Averages | None = None,
     ) -> int:
-        """Loads the newest intact checkpoint; returns its step, 0 if there is none at all.
-
-        A damaged one is named and passed over. Raises DamagedCheckpoint if none is intact: a run
-        with checkpoints never restarts silently at 0.
-        """
+        """Loads the newest intact checkpoint; returns its step, 0 if there is none at all. Raises
+        DamagedCheckpoint if none is intact. For one process: several `find` once, then `load`."""
         step = self.find()
         if step:
             self.load(step, model, optimizer, averages, verified=True)
         return step
 
-    def wait(self) -> None: ...
-
-    def close(self) -> None: ...
-
     def find(self) -> int:
+        """The step of the newest intact checkpoint, 0 if there is none at all; clears away what a
+        killed run has left.
+
+        A damaged one is named and passed over. Raises DamagedCheckpoint if none is intact: a run
+        with checkpoints never restarts silently at 0.
+        """
+        self.wait()
+        if self.writes:
+            self._clean()
         damage: list[str] = []
         for step in reversed(self.steps()):
             try:
@@ -167,6 +276,7 @@ class Checkpoints:
                 damage.append(str(error))
                 print(f"warning: {error}; falling back to the checkpoint before it", flush=True)
                 continue
+            self._verified.add(step)
             return step
         if damage:
             raise DamagedCheckpoint(
@@ -181,187 +291,25 @@ class Checkpoints:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         averages: Averages | None = None,
+        *,
         verified: bool = False,
     ) -> None:
-        """Loads the checkpoint of `step`. Raises DamagedCheckpoint."""
-        self._load(self.path(step), verify(self.path(step)), model, optimizer, averages)
+        """Loads the checkpoint of `step`. Raises DamagedCheckpoint.
 
-    def _load(
-        self,
-        path: Path,
-        manifest: dict[str, Any],
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        averages: Averages | None,
-    ) -> None:
-        load_trainable(model, load_file(path / "model.safetensors"))
-        tensors = load_file(path / "optimizer.safetensors")
-        load_optimizer(model, optimizer, tensors, manifest["optimizer"])
+        verified: by `find`, of this process or another, so that hashes need not be read again.
+        """
+        self.wait()
+        path = self.path(step)
+        manifest = verify(path, hashes=not verified)
+        parameters = dict(model.named_parameters())
+        load_trainable(parameters, read_tensors(path / "model.safetensors"))
+        tensors = read_tensors(path / "optimizer.safetensors")
+        load_optimizer(parameters, optimizer, tensors, manifest["optimizer"])
         if averages is not None:
-            file = path / "averages.safetensors"
-            averages.load(load_file(file) if file.exists() else {})
-
-    def _prune(self, newest: int) -> None:
-        """Leaves the `keep` up to `newest`; what is newer was damaged, and will be replaced."""
-        until = [step for step in self.steps() if step <= newest]
-        for step in until[: -self.keep]:
-            if step != self._best:
-                shutil.rmtree(self.path(step))
-
-    def _clean(self) -> None:
-        """Removes what a killed writer left."""
-        for path in self.folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            has_averages = "averages.safetensors" in manifest["files"]
+            averages.load(read_tensors(path / "averages.safetensors") if has_averages else {})
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files have the sizes and hashes it lists; else
-    DamagedCheckpoint."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        listed = dict(manifest["files"])
-        _ = manifest["step"], manifest["optimizer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(
-            f"{path / 'manifest.json'} is missing or unreadable ({error})"
-        ) from None
-    if manifest.get("format") != FORMAT:
-        raise DamagedCheckpoint(f"{path} has format {manifest.get('format')}, expected {FORMAT}")
-    for name in sorted({*_FILES, *listed}):
-        file = path / name
-        if not file.is_file():
-            raise DamagedCheckpoint(f"{file} is missing")
-        if _measure(file) != listed.get(name):
-            raise DamagedCheckpoint(f"{file} is damaged: size or hash differ from the manifest")
-    return manifest
-
-
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, by name, on the CPU."""
-    return {name: _on_cpu(parameter) for name, parameter in _trainable(model)}
-
-
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).cpu().contiguous()
-
-
-def _gather_for_another(
-    model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]
-) -> None:
-    """This process's share in what another writes: tensor by tensor as it reads them."""
-    for _, parameter in _trainable(model):
-        whole(parameter.detach())
-    for _, _, value in _optimizer_entries(model, optimizer):
-        if isinstance(value, Tensor):
-            whole(value)
-    for tensor in averages.values():
-        whole(tensor)
-
-
-@torch.no_grad()
-def load_trainable(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copies saved values into the trainable parameters, whose dtype (fp32) stays. Raises
-    DamagedCheckpoint where they are others, or of other shapes."""
-    wanted = dict(_trainable(model))
-    if wanted.keys() != state.keys():
-        odd = sorted(wanted.keys() ^ state.keys())[:3]
-        raise DamagedCheckpoint(
-            f"the checkpoint holds other parameters than the model: {', '.join(odd)}"
-        )
-    for name, parameter in wanted.items():
-        if parameter.shape != state[name].shape:
-            raise DamagedCheckpoint(
-                f"the checkpoint holds another model: its {name} is {tuple(state[name].shape)}, "
-                f"not {tuple(parameter.shape)}"
-            )
-    for name, parameter in wanted.items():
-        fill(parameter, state[name])
-
-
-def optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Optimizer state by parameter name: tensors as `name/key`, scalars and group settings as
-    JSON."""
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for name, key, value in _optimizer_entries(model, optimizer):
-        if isinstance(value, Tensor):
-            # A copy: bitsandbytes shares one table between all parameters' states.
-            tensors[f"{name}/{key}"] = whole(value.detach()).to("cpu", copy=True).contiguous()
-        else:
-            scalars[f"{name}/{key}"] = value
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    return tensors, {"state": scalars, "groups": groups}
-
-
-def _optimizer_entries(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[str, str, Any]]:
-    """Name of the parameter, key and value of all its state, in the same order everywhere."""
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            yield name, key, value
-
-
-def load_optimizer(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tensors: dict[str, Tensor],
-    scalars: dict[str, Any],
-) -> None:
-    """The inverse of `optimizer_state`. Moments stay in their own dtype and go where the parameter
-    is."""
-    saved_groups = scalars["groups"]
-    if len(saved_groups) != len(optimizer.param_groups):
-        raise DamagedCheckpoint(
-            f"the checkpoint holds {len(saved_groups)} groups of parameters, the optimizer "
-            f"{len(optimizer.param_groups)}: it was written by another version or with other "
-            "optim.* settings"
-        )
-    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-    devices = _step_devices(optimizer)
-    parameters = dict(model.named_parameters())
-    for target, value in {**tensors, **scalars["state"]}.items():
-        name, _, key = target.rpartition("/")
-        parameter = parameters[name]
-        if isinstance(value, Tensor):
-            on_cpu = key == "step" and devices[parameter].type == "cpu"
-            value = value.cpu() if on_cpu else like(parameter, value)
-        optimizer.state[parameter][key] = value
-
-
-def _step_devices(optimizer: torch.optim.Optimizer) -> dict[Tensor, torch.device]:
-    """Where torch's optimizers count a parameter's steps: fused ones on its device."""
-    return {
-        parameter: parameter.device
-        if group.get("fused") or group.get("capturable")
-        else torch.device("cpu")
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-
-
-def write_synced(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _measure(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+def _remedy(error: OSError) -> str:
+    too_large = error.errno == EFBIG
+    return "Raise the limit of file sizes (ulimit -f)" if too_large else "Free space there"

@@ -35,7 +35,11 @@ def main(arguments: list[str]) -> None:
     size = adapters.estimated_bytes(config.lora) if config.lora else None
     classes = Planned(config)
     planned = plan(
-        config, result=result, trainable_bytes=size, check=partial(check, config, classes)
+        config,
+        result=result,
+        trainable_bytes=size,
+        check=partial(check, config, classes),
+        dataset=classes.manifest,
     )
     if planned is None:
         return
@@ -47,7 +51,7 @@ def main(arguments: list[str]) -> None:
     from train.loop import fit
 
     pictures = planned.pictures
-    with start(config, planned, dataset=classes.manifest(pictures)) as (accelerator, pipeline):
+    with start(config, planned) as (accelerator, pipeline):
         beside = classes.complete(pictures, pipeline, accelerator)
         batches = feeding.batches(
             pictures,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +61,17 @@ def _lora_layers(model: Any) -> dict[str, Tensor]:
     state = get_peft_model_state_dict(
         model, adapter_name=adapters.NAME, save_embedding_layers=False
     )
+    _refuse_non_finite(state, "the adapter")
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def _refuse_non_finite(state: Mapping[str, Tensor], what: str) -> None:
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(
-            f"the adapter is not finite ({broken[0]} and {len(broken) - 1} more): training "
-            "diverged; lower optim.learning_rate"
+            f"{what} is not finite ({broken[0]} and {len(broken) - 1} more): training diverged; "
+            "lower optim.learning_rate"
         )
-    return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
 def _name(name: str, part: str) -> str:
@@ -118,8 +123,10 @@ def _sort_metadata(file: Path) -> None:
 
 def save_pipeline(pipeline: Any, directory: Path) -> None:
     """Writes the whole pipeline as a diffusers folder; of a depth model with its base's depth
-    estimator."""
+    estimator. Raises UserError where a weight is not finite."""
     from train.models import add_depth_estimator
 
+    for part in ("unet", "text_encoder", "vae"):
+        _refuse_non_finite(getattr(pipeline, part).state_dict(), f"the {part}")
     pipeline.save_pretrained(str(directory), safe_serialization=True)
     add_depth_estimator(pipeline, directory)

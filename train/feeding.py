@@ -12,7 +12,7 @@ from data.files import progress
 from train.config import DataConfig, RunConfig
 from train.families import INPAINTING_CHANNELS
 from train.pictures import Pictures
-from train.stopping import checking
+from train.stopping import checking, jointly
 from train.streams import stream_in
 
 if TYPE_CHECKING:
@@ -156,12 +156,15 @@ def fill_latents(
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
     }
-    bar = checking(progress("caching latents", main))
-    cache_latents(keys, store, encode, progress=bar, **how)
-    if masks := random_masks(pipeline, data):
-        bar = checking(progress("caching masked pictures", main))
-        cache_masked(keys, store, encode, count=masks, progress=bar, **how)
-    accelerator.wait_for_everyone()
+
+    def mine() -> None:
+        bar = checking(progress("caching latents", main))
+        cache_latents(keys, store, encode, progress=bar, **how)
+        if masks := random_masks(pipeline, data):
+            bar = checking(progress("caching masked pictures", main))
+            cache_masked(keys, store, encode, count=masks, progress=bar, **how)
+
+    jointly(accelerator, mine)
     store.refresh()
 
 
@@ -201,7 +204,8 @@ def fill_captions(
         "text_encoder_fingerprint": fingerprint(pipeline.text_encoder),
         "tokenizer_fingerprint": f"{tokenizer_fingerprint(pipeline.tokenizer)}-{max_tokens}",
     }
-    cache_captions(
+    mine = partial(
+        cache_captions,
         captions,
         store,
         caption_encoder(pipeline.tokenizer, pipeline.text_encoder, max_tokens=max_tokens),
@@ -210,7 +214,7 @@ def fill_captions(
         progress=checking(progress("caching captions", accelerator.is_main_process)),
         **prints,
     )
-    accelerator.wait_for_everyone()
+    jointly(accelerator, mine)
     store.refresh()
     return partial(text_key, **prints)
 

@@ -4,7 +4,7 @@ memory that does not suffice."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -61,21 +61,21 @@ class Guard:
         norm: the gradient's over all processes, before clipping. Names the samples of a step that
         is left out; raises RunFailed where it is one too many.
         """
-        finite = bool(seen.loss.isfinite())
-        if finite and self._is_the_scalers(norm):
-            return True
-        sound = finite and _is_finite(norm) and not getattr(optimizer, "overflow", False)
+        # All meet in each of these, so none may depend on what this process alone has seen.
+        gradient = _is_finite(norm) and not getattr(optimizer, "overflow", False)
+        left_to_scaler = not gradient and self._is_scaled()
+        sound = bool(seen.loss.isfinite()) and (gradient or left_to_scaler)
         if not self._agreement.most(not sound)[0]:
             self._in_a_row = 0
             return True
         self._leave_out(done, seen)
         return False
 
-    def _is_the_scalers(self, norm: Any) -> bool:
-        """Whether the gradient is too large for fp16 alone: its scaler leaves out the step itself,
-        and scales less from then on. Alike in all processes, whose gradients have met."""
+    def _is_scaled(self) -> bool:
+        """Whether a gradient may be too large for fp16 alone: its scaler leaves out the step
+        itself, and scales less from then on."""
         scaler = self._accelerator.scaler
-        return scaler is not None and not _is_finite(norm) and scaler.get_scale() >= 1
+        return scaler is not None and scaler.get_scale() >= 1
 
     def _leave_out(self, done: int, seen: Seen) -> None:
         self._in_a_row += 1
@@ -131,14 +131,15 @@ def memory_named(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        first = str(error).partition("\n")[0]
+        first = str(error).partition("\n")[0] or type(error).__name__
+        with suppress(RunFailed):  # what was being written is the last; if it fails, another is
+            checkpoints.wait()
         kept = checkpoints.steps()
         last = (
             f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no checkpoint yet"
         )
         raise RunFailed(
-            f"out of memory: {first} {last}; the same command with less goes on: "
-            f"{'; '.join(_savings(config, accelerator))}"
+            f"out of memory ({first.rstrip('.')}); {last}. {_savings(config, accelerator)}"
         ) from None
 
 
@@ -150,17 +151,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
-def _savings(config: LoopConfig, accelerator: Accelerator) -> Iterator[str]:
-    """What needs less memory, first what changes no result."""
-    train = config.train
+def _savings(config: LoopConfig, accelerator: Accelerator) -> str:
+    """What needs less memory, first what leaves the training as it is."""
+    train, same, other = config.train, [], []
     micro = train.micro_batch_size or -(-train.batch_size // accelerator.num_processes)
     if micro > 1:
-        yield f"train.micro_batch_size={micro // 2} in place of {micro} changes no result"
+        less = f"train.micro_batch_size={micro // 2} in place of {micro}"
+        same.append(f"{less}, which leaves the batch as large")
     if not train.gradient_checkpointing:
-        yield "train.gradient_checkpointing=true changes none either"
-    cheaper = []
+        same.append("train.gradient_checkpointing=true, which only takes time")
     if train.mixed_precision == "no" and accelerator.device.type == "cuda":
-        cheaper.append("train.mixed_precision=bf16")
+        other.append("train.mixed_precision=bf16")
     if config.optim.name == "adamw":
-        cheaper.append("optim.name=adamw8bit")
-    yield f"then, in a new output=, {', '.join([*cheaper, 'a smaller data.resolution'])}"
+        other.append("optim.name=adamw8bit")
+    other.append("a smaller data.resolution")
+    begin = f"A new output= needs less with {' or '.join(other)}"
+    return f"The same command goes on with {', and '.join(same)}. {begin}" if same else begin

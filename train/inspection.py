@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from train.families import (
     resolution,
     scheduler_facts,
 )
+from train.safetensors_file import open_regular, read_header, shown
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _WEIGHTS = {
@@ -22,6 +25,17 @@ _WEIGHTS = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+
+# What a part may be made of. model_index.json names library and class of each, and diffusers would
+# call whatever it says; a class of the base's own, or one that picks another (Auto...), is refused.
+_CLASSES = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer", "CLIPTokenizerFast"),
+    "scheduler": ("diffusers", "...Scheduler"),
+}
+MAX_JSON_BYTES = 64 << 20  # a tokenizer.json of 50,000 words takes 4 MB
 
 _SETTINGS = [
     "model_index.json",
@@ -36,6 +50,14 @@ def inspect(config: ModelConfig) -> BaseModel:
 
     Raises UserError for a missing folder or part, weights that are pickles, or another family.
     """
+    try:
+        return _inspect(config)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        where = shown(config.path)
+        raise UserError(f"model.path={where}: {error.strerror or error}") from None
+
+
+def _inspect(config: ModelConfig) -> BaseModel:
     path = Path(config.path)
     if path.is_dir():
         return _inspect_folder(path)
@@ -61,8 +83,10 @@ def _inspect_hub(config: ModelConfig) -> BaseModel:
     """A hub model by its JSON, a few kilobytes; UserError where it cannot be had."""
     folder = settings_of(config)
     hint = "the hub's model is incomplete"
-    name = read_json(folder / "model_index.json", hint).get("_class_name")
+    index = read_json(folder / "model_index.json", hint)
+    name = index.get("_class_name")
     check_pipeline(config.path, name)
+    _check_classes(config.path, index)
     return BaseModel(config.path, "hub id", **_facts(config.path, folder, name))
 
 
@@ -122,6 +146,7 @@ def _described(configuration: str, folder: Path) -> dict[str, Any]:
     """What a folder that gives a single file its configuration says of it."""
     try:
         index = read_json(folder / "model_index.json", "not a diffusers folder?")
+        _check_classes(configuration, index)
         return _facts(configuration, folder, index.get("_class_name"))
     except UserError as error:
         raise UserError(f"model.config={configuration}: {error}") from None
@@ -130,6 +155,7 @@ def _described(configuration: str, folder: Path) -> dict[str, Any]:
 def _inspect_folder(path: Path) -> BaseModel:
     index = read_json(path / "model_index.json", "not a diffusers folder?")
     check_pipeline(path, index.get("_class_name"))
+    _check_classes(str(path), index)
     missing = [part for part in PARTS if not (path / part).is_dir()]
     if missing:
         raise UserError(
@@ -138,6 +164,25 @@ def _inspect_folder(path: Path) -> BaseModel:
     size = sum(_weights(path, part) for part in _WEIGHTS)
     facts = _facts(str(path), path, index.get("_class_name"))
     return BaseModel(str(path), "diffusers folder", weight_bytes=size, **facts)
+
+
+def _check_classes(path: str, index: dict[str, Any]) -> None:
+    """Raises UserError where model_index.json makes a part of something else than such a part."""
+    for part, (library, *names) in _CLASSES.items():
+        match index.get(part, [library, names[0]]):
+            case [its, str(name)] if its == library and (
+                name in names or _is_scheduler(part, name)
+            ):
+                continue
+        raise UserError(
+            f"model.path={path}: model_index.json makes {part} of {index[part]!r}, where Stable "
+            f"Diffusion has {names[0]} of {library}. Code that comes with a model is never run: "
+            "correct it, or download the model again from its authors"
+        )
+
+
+def _is_scheduler(part: str, name: str) -> bool:
+    return part == "scheduler" and re.fullmatch(r"[A-Za-z0-9]+Scheduler", name) is not None
 
 
 def _facts(path: str, folder: Path, pipeline: str | None) -> dict[str, Any]:
@@ -156,6 +201,8 @@ def _weights(path: Path, part: str) -> int:
     folder, name = path / part, _WEIGHTS[part]
     files = [*folder.glob(f"{name}.safetensors")] or [*folder.glob(f"{name}-*-of-*.safetensors")]
     if files:
+        for file in files:
+            read_header(file)
         return sum(file.stat().st_size for file in files)
     variants = sorted(file.name for file in folder.glob(f"{name}*.safetensors"))
     pickles = sorted(file.name for file in folder.glob("*.bin"))
@@ -174,10 +221,14 @@ def _weights(path: Path, part: str) -> int:
 def read_json(file: Path, hint: str) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError where there is none; hint: why not, perhaps."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        with open_regular(file) as stream:
+            if os.fstat(stream.fileno()).st_size > MAX_JSON_BYTES:
+                raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
+            text = stream.read()
+        content = json.loads(text.decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing: {hint}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object")

@@ -106,8 +106,10 @@ def fit(
         start=start,
     )
     with ExitStack() as ending:
-        for end in (agreement.close, trackers.finish, meter.close, checkpoints.close):
-            ending.callback(end)
+        ending.callback(agreement.close)
+        ending.enter_context(trackers)
+        ending.callback(meter.close)
+        ending.callback(checkpoints.close)
         ending.enter_context(memory_named(checkpoints, config, accelerator))
         with meter.aside():
             pause.before()

@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.images import Size
 from data.wording import Wording
 from train.config import DreamBoothRun, RunFailed, UserError
+from train.stopping import jointly
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -68,8 +70,8 @@ def make(
         return config.data.cache
     with _as_it_came(pipeline):
         folder = config.data.cache / f"{MADE}{_key(pipeline, config)}"
-        paths = _generate(pictures, folder, pipeline, config, accelerator)
-    accelerator.wait_for_everyone()
+        mine = partial(_generate, pictures, folder, pipeline, config, accelerator)
+        paths = jointly(accelerator, mine)
     missing = next((path for path in paths if not path.exists()), None)
     if missing is not None:
         raise UserError(

@@ -6,7 +6,6 @@ Nothing here is heavy: what can be wrong is found before any weights are loaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.tokens import embedding_names
 from train.config import ModelConfig, TokenConfig, UserError
+from train.inspection import read_json
 
 if TYPE_CHECKING:
     from train.pictures import Pictures
@@ -53,25 +53,27 @@ def vocabulary(model: ModelConfig) -> set[str]:
 
 
 def words_of(tokenizer: Path) -> set[str]:
-    """All words in a tokenizer's folder; none where there is no such file."""
+    """All words in a tokenizer's folder; none where there is no such file. Raises UserError for
+    files that are not a tokenizer's."""
     whole = _json(tokenizer / "tokenizer.json")
     settings = _json(tokenizer / "tokenizer_config.json")
-    added = whole.get("added_tokens", []) + list(settings.get("added_tokens_decoder", {}).values())
-    return {
-        *whole.get("model", {}).get("vocab", {}),
-        *(token["content"] for token in added),
-        *_json(tokenizer / "vocab.json"),
-        *_json(tokenizer / "added_tokens.json"),
-    }
+    try:
+        added = whole.get("added_tokens", [])
+        added = added + list(settings.get("added_tokens_decoder", {}).values())
+        return {
+            *whole.get("model", {}).get("vocab", {}),
+            *(token["content"] for token in added),
+            *_json(tokenizer / "vocab.json"),
+            *_json(tokenizer / "added_tokens.json"),
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{tokenizer} holds no tokenizer's files ({error!r}); copy them again"
+        ) from None
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}); copy it again") from None
+    return read_json(file, "copy it again") if file.is_file() else {}
 
 
 def _from_hub(name: str, revision: str | None) -> Path | None:

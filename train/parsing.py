@@ -40,10 +40,24 @@ class Section(BaseModel):
 
 C = TypeVar("C", bound=Section)
 
+# Far above any configuration, and far below what would keep the parser busy for minutes.
+MAX_FILE_BYTES = 1 << 20
+MAX_DEPTH = 40
+MAX_ALIASES = 1000
+MAX_VALUES = 100_000  # with all aliases written out
+_PROBLEMS_AT_MOST = 20
+_SAID_AT_MOST = 300  # characters of a value in a message
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: `no` is a word (`mixed_precision: no`), only true and false are not
     (YAML 1.2)."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Writes out `<<: *defaults`, of which there can be more than anybody meant."""
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            raise yaml.YAMLError(f"a mapping has more than {MAX_VALUES} keys")
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -76,10 +90,14 @@ def load(schema: type[C], arguments: Sequence[str], *, default: Path | None = No
 
 def validate(schema: type[C], values: dict[str, Any], *, where: str) -> C:
     """Builds the typed configuration; every problem is listed in one UserError."""
+    _check_values(values)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(schema, dict(problem)) for problem in error.errors()]
+        found = error.errors()
+        problems = [_explain(schema, dict(problem)) for problem in found[:_PROBLEMS_AT_MOST]]
+        if len(found) > len(problems):
+            problems.append(f"and {len(found) - len(problems)} more")
         raise UserError(f"configuration ({where}): " + "; ".join(problems)) from None
 
 
@@ -137,16 +155,62 @@ def _split(arguments: Sequence[str], default: Path | None) -> tuple[str | None, 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        with file.open("rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise UserError(f"--config {file} has more than {MAX_FILE_BYTES} bytes")
+        values = _parsed(content.decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file} is not valid YAML: {error}") from None
+        raise UserError(f"--config {file} is not valid YAML: {_said(str(error), 2000)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"--config {file}: expected `key: value` lines at the top level")
     return values
+
+
+def _parsed(text: str) -> Any:
+    """The value of a YAML text. Raises YAMLError, also for what a parser would choke on."""
+    depth = aliases = 0
+    for event in yaml.parse(text, _Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if depth > MAX_DEPTH or aliases > MAX_ALIASES:
+            raise yaml.YAMLError(f"more than {MAX_DEPTH} levels, or {MAX_ALIASES} aliases")
+    try:
+        return yaml.load(text, _Loader)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # What is tagged or looks like a number or a date, and is none.
+        raise yaml.YAMLError(f"a value in it cannot be read ({error})") from None
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Raises UserError for more values than any configuration has, and texts that are none."""
+    rest: list[tuple[str, Any]] = [("", values)]
+    count = 0
+    while rest:
+        key, value = rest.pop()
+        count += 1
+        if count > MAX_VALUES:
+            raise UserError(f"the configuration has more than {MAX_VALUES} values, or aliases")
+        if isinstance(value, dict):
+            rest += [(f"{key}.{name}" if key else str(name), v) for name, v in value.items()]
+            rest += [(key, name) for name in value]
+        elif isinstance(value, list | tuple | set):
+            rest += [(key, item) for item in value]
+        elif isinstance(value, str) and (
+            "\0" in value or any("\ud800" <= c <= "\udfff" for c in value)
+        ):
+            raise UserError(f"'{_said(key)}'={_said(ascii(value))}: holds NUL, or is not UTF-8")
+
+
+def _said(text: str, most: int = _SAID_AT_MOST) -> str:
+    """A key or a value as it can stand in a message."""
+    plain = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[: most + 1])
+    return plain if len(text) <= most else f"{plain[:most]}..."
 
 
 def _holds_text(annotation: Any) -> bool:
@@ -160,7 +224,7 @@ def _apply(values: dict[str, Any], override: str, texts: set[str]) -> None:
     value: Any = text
     if key not in texts or text == "null":
         try:
-            value = yaml.load(text, _Loader) if text else ""
+            value = _parsed(text) if text else ""
         except yaml.YAMLError:
             pass  # validation will say what was expected
     *sections, name = key.split(".")
@@ -178,20 +242,21 @@ def _explain(schema: type[Section], problem: dict[str, Any]) -> str:
         while len(parts) > 1 and not (parts[-1].isdigit() or _is_key(schema, ".".join(parts))):
             parts.pop()
     key = ".".join(parts)
+    shown, value = _said(key), _said(repr(problem["input"]))
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{_nearest(schema, _numberless(key))}"
+        return f"unknown key '{shown}'{_nearest(schema, _numberless(key))}"
     if problem["type"] == "missing":
         below = [name for name, _ in fields(schema) if name.startswith(f"{key}.")]
         asked = f"{key}.path" if f"{key}.path" in below else (below or [key])[0]
-        return f"'{key}' is required: add {asked}=..."
+        return f"'{shown}' is required: add {asked}=..."
     if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
+        return _said(str(problem["ctx"]["error"]), 2000)
     if problem["type"] in ("list_type", "tuple_type"):
-        return f"'{key}'={problem['input']!r}: give a list: {key}='[..., ...]'"
+        return f"'{shown}'={value}: give a list: {shown}='[..., ...]'"
     if problem["type"] in ("model_type", "model_attributes_type"):
         below = [name for name, _ in fields(schema) if name.startswith(f"{key}.")]
-        return f"'{key}'={problem['input']!r}: it is a section; set its keys: {', '.join(below)}"
-    return f"'{key}'={problem['input']!r}: {problem['msg']}"
+        return f"'{shown}'={value}: it is a section; set its keys: {', '.join(below)}"
+    return f"'{shown}'={value}: {_said(problem['msg'])}"
 
 
 def _numberless(key: str) -> str:

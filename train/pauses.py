@@ -116,7 +116,7 @@ class Pause:
         self.averages.settle()
         sharding.gather(self.method, self.accelerator)
         if best is not None:
-            self.previews.render(self.method, best.step)
+            self.previews.render(self.method, best.step, check=lambda: None)
 
     def _take(self, step: int) -> None:
         try:
@@ -134,8 +134,9 @@ class Pause:
         if done:
             self._save(done)
             self.checkpoints.wait()
-        # A launcher that sees one process end ends the others: not before all is saved.
-        self.accelerator.wait_for_everyone()
+        # A launcher that sees one process end ends the others: not before all is saved. On the
+        # host, where it is noticed if the first process failed to.
+        self.agreement.wait()
         interrupted.step = done
         raise interrupted
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.checks import token_counter
 from data.listing import few
-from train import demands, models, pictures, rundir, stopping, validation_data
+from train import (
+    changes,
+    demands,
+    models,
+    pictures,
+    run_lock,
+    rundir,
+    stopping,
+    validation_data,
+)
+from train.changes import Change
 from train.config import FullRun, RunConfig, TextualInversionRun, UserError
 from train.models import BaseModel
 from train.packages import require_deepspeed, require_optimizer
@@ -36,12 +46,18 @@ _SLACK_BYTES = 64 * 2**20  # metrics, previews, reports
 
 @dataclass(frozen=True)
 class Plan:
-    """The base and the pictures of a run that can be done."""
+    """The base and the pictures of a run that can be done, and whose run directory is locked."""
 
     base: BaseModel
     pictures: Pictures
-    scoring: Scoring | None = None
+    scoring: Scoring | None
     """The pictures that are made and scored during training."""
+    dataset: Mapping[str, Any]
+    """What the manifest says of the pictures."""
+    changed: Sequence[Change]
+    """What differs from the run that is resumed."""
+    lock: ExitStack
+    """Of the run directory; to be closed when the run ends."""
 
 
 def plan(
@@ -50,80 +66,102 @@ def plan(
     result: str,
     trainable_bytes: int | None = None,
     check: Callable[[Pictures], list[str] | None] = lambda found: None,
+    dataset: Callable[[Pictures], Mapping[str, Any]] = lambda found: {},
 ) -> Plan | None:
     """Checks model, pictures, run directory and space, and prints the plan.
 
     result: the folder the run ends in. trainable_bytes: fp32 size of what trains, for the space its
     checkpoints need; by default all of the base. check: raises UserError for what the method cannot
-    train on, and returns lines to add to the plan, if any. None where nothing is left to do: a dry
-    run, or a run that is finished. Raises UserError for whatever would stop the run later.
+    train on, and returns lines to add to the plan, if any. dataset: what the manifest says of the
+    pictures besides, or instead. None where nothing is left to do: a dry run, or a run that is
+    finished. Raises UserError for whatever would stop the run later, where another run has the run
+    directory, and where it holds one that was begun otherwise (train/changes.py).
     """
     require_optimizer(config.optim.name)
     _check_launcher(config)
     _check_output(config)
     base = models.inspect(config.model)
     demands.check_settings(config, base)
-    found = pictures.find(config.data, quarantined=_quarantine(config))
-    more = check(found) or []
     finished = rundir.check(config, result=result)
-    _check_space(config, base, found, trainable_bytes or models.fp32_bytes(base))
-    held_out = [] if finished else _check_held_out(config, found)
-    scoring = None if finished else _scoring(config, found)
-    scored = scoring.describe() if scoring else []
-    _say("\n".join([_describe(config, base, found), *held_out, *scored, *more]))
-    if config.dry_run:
-        _say_long_captions(found)
-    if finished:
-        _say(
-            f"{config.output} is finished: {config.output / result}. For more, choose another "
-            "output="
-        )
-    elif config.dry_run:
-        _say("dry run: everything checked, nothing trained")
-    return None if finished or config.dry_run else Plan(base, found, scoring)
+    with ExitStack() as lock:
+        writes = _is_first() and not (finished or config.dry_run)
+        if writes:
+            lock.enter_context(run_lock.locked(config.output))
+        bad = config.output / "quarantine" if writes else None
+        found = pictures.find(config.data, quarantined=bad)
+        more = check(found) or []
+        facts = _dataset(found) | dict(dataset(found))
+        changed = changes.since(config, base, facts)
+        if not finished:
+            _check_space(config, base, found, trainable_bytes or models.fp32_bytes(base))
+        held_out = [] if finished else _check_held_out(config, found)
+        scoring = None if finished else _scoring(config, found)
+        scored = scoring.describe() if scoring else []
+        lines = [_describe(config, base, found), *held_out, *scored, *more, *_notes(changed)]
+        _say("\n".join(lines))
+        if config.dry_run:
+            _say_long_captions(found)
+        if finished:
+            _say(
+                f"{config.output} is finished: {config.output / result}. For more, choose another "
+                "output="
+            )
+        elif config.dry_run:
+            _say("dry run: everything checked, nothing trained")
+        if finished or config.dry_run:
+            return None
+        return Plan(base, found, scoring, facts, changed, lock.pop_all())
 
 
 @contextmanager
-def start(
-    config: RunConfig, planned: Plan, *, dataset: Mapping[str, Any] | None = None
-) -> Iterator[tuple[Accelerator, Pipeline]]:
-    """The accelerator and the frozen base of a run, which lasts as long as the context: signals are
-    listened to within it. The run directory has its configuration and manifest.
+def start(config: RunConfig, planned: Plan) -> Iterator[tuple[Accelerator, Pipeline]]:
+    """The accelerator and the frozen base of a run, which lasts as long as the context: within it
+    the run directory is locked, has its configuration and manifest, and signals are listened to.
 
-    dataset: what the manifest says of the pictures besides, or instead. Raises UserError where a
-    run that is to be resumed had another base or other pictures.
+    Raises UserError where a run that is to be resumed had another base.
     """
     from eval.processes import quieten
     from train.launch import open_accelerator
 
-    with stopping.listening(config.output):
+    with planned.lock, stopping.listening(config.output):
         quieten()
         accelerator = open_accelerator(config.train.mixed_precision)
         pipeline = models.load_base(config, accelerator)
         _say(f"predicts {pipeline.scheduler.config.prediction_type}")
+        hashes = {part: models.fingerprint(getattr(pipeline, part)) for part in _HASHED}
+        loaded = changes.since_loaded(config, hashes)
+        for note in _notes(loaded):
+            _say(note)
         manifest = {
-            "base": asdict(planned.base)
-            | {"family": planned.base.family.name}
-            | {"sha256": {part: models.fingerprint(getattr(pipeline, part)) for part in _HASHED}},
-            "dataset": _dataset(planned.pictures) | dict(dataset or {}),
+            "base": asdict(planned.base) | {"family": planned.base.family.name, "sha256": hashes},
+            "dataset": planned.dataset,
             "processes": accelerator.num_processes,
         }
-        rundir.check_unchanged(config.output, manifest)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            rundir.create(config, manifest)
+            agreed = [str(c) for c in (*planned.changed, *loaded) if not c.is_harmless]
+            rundir.create(config, manifest, changes=agreed)
         yield accelerator, pipeline
 
 
-def _quarantine(config: RunConfig) -> Path | None:
-    first = os.environ.get("RANK", "0") == "0" and not config.dry_run
-    return config.output / "quarantine" if first else None
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _notes(changed: Sequence[Change]) -> list[str]:
+    return [f"note     goes on with another {change}" for change in changed]
 
 
 def _dataset(found: Pictures) -> dict[str, Any]:
+    one = len(found.parts) == 1
     return {
         "sources": [
-            {"name": part.settings.name, "path": part.settings.path, "pictures": len(part.sizes)}
+            {
+                "name": part.settings.name,
+                "path": part.settings.path,
+                "pictures": len(part.sizes),
+                "sha256": found.fingerprint if one else Pictures([part]).fingerprint,
+            }
             for part in found.parts
         ],
         "pictures": len(found.records),
@@ -136,16 +174,17 @@ def _dataset(found: Pictures) -> dict[str, Any]:
 
 
 def _check_space(config: RunConfig, base: BaseModel, found: Pictures, trainable_bytes: int) -> None:
-    if rundir.has_checkpoints(config.output):
-        return  # a run that is resumed has taken its space
-    inpainting = base.family.inpainting
-    cached = pictures.cache_bytes(found, config=config.data, inpainting=inpainting)
-    rundir.check_space(config.data.cache, cached, what="cached latents and captions")
+    """A run that is resumed has cached what it needs, and has some of its checkpoints."""
+    kept = rundir.checkpoint_bytes(config.output)
+    if not kept:
+        inpainting = base.family.inpainting
+        cached = pictures.cache_bytes(found, config=config.data, inpainting=inpainting)
+        rundir.check_space(config.data.cache, cached, what="cached latents and captions")
     # Parameters, Adam's two moments and the average; the result.
-    one = trainable_bytes * (3 + (config.train.ema_decay is not None))
+    one = max(kept, default=trainable_bytes * (3 + (config.train.ema_decay is not None)))
     # The newest, the one being written, and the best.
     chosen = config.validation.score is not None or validation_data.settings(config) is not None
-    count = config.checkpoint.keep + 1 + chosen
+    count = max(config.checkpoint.keep + 1 + chosen - len(kept), 1)
     needed = count * one + trainable_bytes + _SLACK_BYTES
     rundir.check_space(config.output, needed, what="checkpoints")
 
@@ -283,5 +322,5 @@ def _epochs(config: RunConfig, found: Pictures) -> str:
 
 
 def _say(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_first():
         print(text, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,23 +38,24 @@ class Previews:
         shown before, perhaps of another base."""
         if self._accelerator.is_main_process:
             shutil.rmtree(self._folder, ignore_errors=True)
-        self._write(method, "base")
+        self._write(method, "base", stopping.check)
 
-    def render(self, method: Method, step: int) -> None:
-        """The pictures after `step` steps, and grid.png: base above, trained below."""
-        self._write(method, f"step-{step:08d}")
+    def render(self, method: Method, step: int, check: Callable[[], None] = stopping.check) -> None:
+        """The pictures after `step` steps, and grid.png: base above, trained below. Where `check`
+        raises Interrupted, before any of them, there are none."""
+        self._write(method, f"step-{step:08d}", check)
 
     def _path(self, name: str) -> Path:
         return self._folder / name
 
-    def _write(self, method: Method, name: str) -> None:
+    def _write(self, method: Method, name: str, check: Callable[[], None]) -> None:
         if not self._active:
             return
         # Only the main process may look: the others would see what it has just written.
         if self._accelerator.is_main_process and not self._path(name).exists():
             # Whoever was asked to end goes on to where all processes find that out.
             with suppress(stopping.Interrupted), _costing_no_run(name):
-                self._save(self._generate(method), name)
+                self._save(self._generate(method, check), name)
         self._accelerator.wait_for_everyone()
 
     def _save(self, pictures: list[Image.Image], name: str) -> None:
@@ -73,15 +74,18 @@ class Previews:
         return [[Image.open(path) for path in paths]] if all(p.exists() for p in paths) else []
 
     @torch.no_grad()
-    def _generate(self, method: Method) -> list[Image.Image]:
+    def _generate(self, method: Method, check: Callable[[], None]) -> list[Image.Image]:
         pipeline = method.pipeline()
         if pipeline is None:
             return []
         with at_rest(method.model), self._accelerator.autocast():
-            return [self._picture(pipeline, k) for k in range(len(self._config.prompts))]
+            pictures = []
+            for k in range(len(self._config.prompts)):
+                check()
+                pictures.append(self._picture(pipeline, k))
+            return pictures
 
     def _picture(self, pipeline: Any, k: int) -> Image.Image:
-        stopping.check()
         config = self._config
         side = config.resolution
         assert side is not None

@@ -9,30 +9,15 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
+from train import stopping
+from train.config import ROOT, RunConfig, UserError, dump
 
-from train.config import ROOT, RunConfig, Section, UserError, dump
-
-# Keys that may change between the runs of one directory without changing what is trained.
-HARMLESS = (
-    "dry_run",
-    "output",
-    "data.cache",
-    "data.workers",
-    "train.micro_batch_size",
-    "train.gradient_checkpointing",
-    "dreambooth.class_batch_size",
-    "checkpoint.",
-    "preview.every",
-    "validation.every",
-    "validation.use_best",
-    "tracking.",
-    "evaluation.",
-)
 PACKAGES = (
     "torch",
     "diffusers",
@@ -49,54 +34,49 @@ def check(config: RunConfig, *, result: str) -> bool:
     """Validates the run directory without changing it; True if the run is already finished.
 
     result: the folder the run ends in ("adapter" or "full"). Raises UserError if the directory
-    holds a run with another configuration, or cannot be written.
+    cannot be written.
     """
     output = config.output
     if output.exists() and not output.is_dir():
         raise UserError(f"output={output} is a file; give a directory")
-    if (output / "config.yaml").exists() and has_checkpoints(output):
-        _check_same(config)
+    if (output / result).is_dir() and newest(output) == config.train.steps:
+        return True
     parent = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not os.access(parent, os.W_OK):
+    try:
+        # Of what may be written the mode does not tell all: file systems are mounted read-only.
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
         raise UserError(
-            f"output={output} cannot be written ({parent} is read-only); choose another output"
-        )
-    return (output / result).is_dir() and (
-        output / "checkpoints" / f"step-{config.train.steps:08d}"
-    ).is_dir()
+            f"output={output} cannot be written ({parent}: {error.strerror or error}); choose "
+            "another output="
+        ) from None
+    return False
+
+
+def newest(output: Path) -> int | None:
+    """The step of the newest checkpoint, intact or not; None before the first: until then nothing
+    binds a run directory to what was begun in it."""
+    names = (path.name.removeprefix("step-") for path in (output / "checkpoints").glob("step-*"))
+    return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 def has_checkpoints(output: Path) -> bool:
-    """Whether a run has trained here: before its first checkpoint nothing binds it."""
-    return any((output / "checkpoints").glob("step-*"))
+    """Whether a run has trained here."""
+    return newest(output) is not None
 
 
-def check_unchanged(output: Path, manifest: dict[str, Any]) -> None:
-    """Raises UserError where the run to be resumed in `output` had another base or dataset."""
-    path = output / "manifest.json"
-    if not (path.exists() and has_checkpoints(output)):
-        return
+def checkpoint_bytes(output: Path) -> list[int]:
+    """The size of each checkpoint that is there."""
+    folders = (output / "checkpoints").glob("step-*")
+    return [sum(map(_size, folder.rglob("*"))) for folder in folders]
+
+
+def _size(file: Path) -> int:
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); choose another output=") from None
-    before, now = _hashes(old), _hashes(manifest)
-    changed = [
-        f"{part}: {before[part]!r} -> {now[part]!r}"
-        for part in sorted(before.keys() & now.keys())
-        if before[part] != now[part]
-    ]
-    if changed:
-        raise UserError(
-            f"output={output} holds a run on another base or other pictures (sha256 "
-            f"{'; '.join(changed)}). Choose another output=, or restore them to resume"
-        )
-
-
-def _hashes(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Those of the dataset and of each part of the base."""
-    base, dataset = (manifest.get(part, {}).get("sha256") for part in ("base", "dataset"))
-    return {"dataset": dataset} | {f"base.{part}": sha for part, sha in (base or {}).items()}
+        return file.stat().st_size if file.is_file() else 0
+    except OSError:  # pruned by the run that a dry run looks at
+        return 0
 
 
 def check_space(folder: Path, needed: int, *, what: str) -> None:
@@ -105,17 +85,57 @@ def check_space(folder: Path, needed: int, *, what: str) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
-            f"not enough space in {folder} for {what}: {needed / 2**30:.2f} GiB needed, "
-            f"{free / 2**30:.2f} GiB free. Free some, or choose another output= or data.cache="
+            f"not enough space in {folder} for {what}: {_amount(needed)} needed, {_amount(free)} "
+            "free. Free some, or choose another output= or data.cache="
         )
 
 
-def create(config: RunConfig, manifest: dict[str, Any]) -> None:
-    """Writes config.yaml and manifest.json; called by one process."""
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def create(config: RunConfig, manifest: dict[str, Any], *, changes: Sequence[str] = ()) -> None:
+    """Writes config.yaml and manifest.json, whose "changes" say what differed whenever the run was
+    resumed; called by one process.
+
+    changes: what differs now, if anything. That it was agreed to holds for this once.
+    """
     config.output.mkdir(parents=True, exist_ok=True)
-    _write(config.output / "config.yaml", dump(config))
-    text = json.dumps({**environment(), **manifest}, indent=2)
+    (config.output / stopping.FILE).unlink(missing_ok=True)
+    once = config.checkpoint.model_copy(update={"accept_changes": False})
+    # First: a run killed here then has what it agreed to put down twice, not never.
+    history = {"changes": _history(config.output, changes)}
+    text = json.dumps({**environment(), **manifest, **history}, indent=2)
     _write(config.output / "manifest.json", text + "\n")
+    _write(config.output / "config.yaml", dump(config.model_copy(update={"checkpoint": once})))
+
+
+def _history(output: Path, changes: Sequence[str]) -> list[dict[str, Any]]:
+    """What had changed when the run was resumed before, and what has now."""
+    step = newest(output)
+    if step is None:
+        return []
+    known = read_manifest(output).get("changes")
+    now = {
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "changes": list(changes),
+    }
+    return [*(known if isinstance(known, list) else []), *([now] if changes else [])]
+
+
+def read_manifest(output: Path) -> dict[str, Any]:
+    """Empty where there is none. Raises UserError for one that cannot be read."""
+    path = output / "manifest.json"
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); choose another output=") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no manifest of a run; choose another output=")
+    return content
 
 
 def _write(path: Path, text: str) -> None:
@@ -141,35 +161,6 @@ def environment() -> dict[str, Any]:
         if cuda
         else [],
     }
-
-
-def differences(old: dict[str, Any], new: Section, prefix: str = "") -> Iterator[str]:
-    """`key: old -> new` for every dotted key that differs. What only one has came or went with a
-    version of this program, but a section is as good as a value to one that can be null."""
-    now = new.model_dump(mode="json")
-    for name, value in new:
-        if name not in old:
-            continue
-        if isinstance(value, Section) and isinstance(old[name], dict):
-            yield from differences(old[name], value, f"{prefix}{name}.")
-        elif old[name] != now[name]:
-            yield f"{prefix}{name}: {old[name]!r} -> {now[name]!r}"
-
-
-def _check_same(config: RunConfig) -> None:
-    path = config.output / "config.yaml"
-    try:
-        old = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({error}); choose another output=") from None
-    if not isinstance(old, dict):
-        raise UserError(f"{path} is no configuration of a run; choose another output=")
-    changed = [line for line in differences(old, config) if not line.startswith(HARMLESS)]
-    if changed:
-        raise UserError(
-            f"output={config.output} holds a run with another configuration: {'; '.join(changed)}. "
-            "Choose another output=, or restore those values to resume"
-        )
 
 
 def _version(package: str) -> str | None:

@@ -5,24 +5,25 @@ Whether it fits is told from its header; nothing is loaded before that.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from train import adapter_file
+from train import adapter_file, adapter_settings
 from train.config import UserError
+from train.safetensors_file import Entry, read_bytes, read_header, shown
 
 _TENSOR = re.compile(
     r"(?P<layer>.+?)\.(?:lora(?:_linear_layer)?[._])?"
     r"(?P<kind>A|B|down|up|alpha|magnitude_vector)(?:\.weight)?"
 )
 _KINDS = {"down": "A", "up": "B"}
-_SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e"}
+_SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}
 
 
 @dataclass(frozen=True)
@@ -120,21 +121,35 @@ def _check_layer(file: Path, name: str, found: Layer, wanted: Layer) -> None:
 def described(file: Path) -> Found:
     """What the file's adapter is on each layer. Raises UserError for what training cannot go on
     from."""
-    header = _header(file)
-    settings = json.loads(header.pop("__metadata__", {}).get("lora_adapter_metadata", "{}"))
-    layers: dict[str, dict[str, str]] = {}
-    for name in header:
+    header = read_header(file)
+    settings = adapter_settings.read(file, header.metadata)
+    layers: dict[str, dict[str, Entry]] = {}
+    for name, entry in header.tensors.items():
         layer, kind = _parsed(file, name)
-        layers.setdefault(layer, {})[kind] = name
-    found = {}
-    for layer, names in layers.items():
-        if not {"A", "B"} <= names.keys():
-            raise UserError(f"lora.start_from={file}: {layer} lacks one of its two factors")
-        rank = header[names["A"]]["shape"][0]
-        alpha = _scalar(file, names["alpha"]) if "alpha" in names else None
+        if kind in layers.setdefault(layer, {}):
+            raise UserError(f"lora.start_from={file} holds {shown(layer)} in two spellings")
+        layers[layer][kind] = entry
+    found: Found = {}
+    for layer, parts in layers.items():
+        if spelled(layer) in found:
+            raise UserError(f"lora.start_from={file} holds {shown(layer)} in two spellings")
+        rank = _rank(file, layer, parts)
+        alpha = _scalar(file, layer, parts["alpha"]) if "alpha" in parts else None
         scale = _scale(layer, rank, settings) if alpha is None else alpha / rank
-        found[spelled(layer)] = Layer(rank, scale, "magnitude_vector" in names)
+        found[spelled(layer)] = Layer(rank, scale, "magnitude_vector" in parts)
     return found
+
+
+def _rank(file: Path, layer: str, parts: Mapping[str, Entry]) -> int:
+    if not {"A", "B"} <= parts.keys():
+        raise UserError(f"lora.start_from={file}: {shown(layer)} lacks one of its two factors")
+    down, up = parts["A"].shape, parts["B"].shape
+    if len(down) < 2 or len(up) < 2 or down[0] != up[1] or down[0] < 1:
+        raise UserError(
+            f"lora.start_from={file}: the two factors of {shown(layer)}, {down} and {up}, do not "
+            "make one layer"
+        )
+    return down[0]
 
 
 def _parsed(file: Path, name: str) -> tuple[str, str]:
@@ -142,8 +157,8 @@ def _parsed(file: Path, name: str) -> tuple[str, str]:
     match = _TENSOR.fullmatch(name)
     if match is None:
         raise UserError(
-            f"lora.start_from={file} holds {name}, which is no tensor of a LoRA that training can "
-            "go on from (diffusers' or kohya's, without their variants)"
+            f"lora.start_from={file} holds {shown(name)}, which is no tensor of a LoRA that "
+            "training can go on from (diffusers' or kohya's, without their variants)"
         )
     return match["layer"], _KINDS.get(match["kind"], match["kind"])
 
@@ -156,31 +171,32 @@ def _scale(layer: str, rank: int, settings: Mapping[str, Any]) -> float:
         return 1.0
     module = module.removeprefix("text_model.")
     patterns = (own.get("alpha_pattern") or {}).items()
-    fitting = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module))
+    fitting = (alpha for key, alpha in patterns if _pattern(key).match(module))
     alpha = float(next(fitting, own["lora_alpha"]))
     return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
 
 
-def _header(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        return dict(json.loads(stream.read(size)))
+@lru_cache(maxsize=adapter_settings.MAX_PATTERNS)
+def _pattern(key: str) -> re.Pattern[str]:
+    """As PEFT reads it; `adapter_settings` lets nothing else than names be one."""
+    return re.compile(rf"(.*\.)?({key})$")
 
 
-def _scalar(file: Path, name: str) -> float:
+def _scalar(file: Path, layer: str, entry: Entry) -> float:
     """The one number of a tensor, without the weight of a library that knows bfloat16."""
-    entry = _header(file)[name]
-    first, last = entry["data_offsets"]
-    with file.open("rb") as stream:
-        stream.seek(8 + int.from_bytes(stream.read(8), "little") + first)
-        raw = stream.read(last - first)
-    if entry["dtype"] == "BF16":
-        return float(struct.unpack("<f", b"\0\0" + raw)[0])
-    return float(struct.unpack(_SCALARS[entry["dtype"]], raw)[0])
+    if math.prod(entry.shape) != 1 or entry.dtype not in _SCALARS:
+        raise UserError(
+            f"lora.start_from={file}: the alpha of {shown(layer)} is {entry.dtype} of shape "
+            f"{entry.shape}, and not one number"
+        )
+    raw = read_bytes(file, entry)
+    number = struct.unpack(_SCALARS[entry.dtype], raw if entry.dtype != "BF16" else b"\0\0" + raw)
+    return float(number[0])
 
 
 def load(file: Path, parameters: Mapping[str, Any]) -> None:
-    """Copies a checked file's values into adapters.
+    """Copies a checked file's values into adapters. Raises UserError, with none copied, for one of
+    another size or with numbers that are not finite.
 
     parameters: by spelling and kind, as `unet_mid_block_.../A`; B, and DoRA's magnitude_vector.
     """
@@ -189,6 +205,18 @@ def load(file: Path, parameters: Mapping[str, Any]) -> None:
 
     tensors = {_parsed(file, name): value for name, value in load_file(file).items()}
     values = {f"{spelled(layer)}/{kind}": value for (layer, kind), value in tensors.items()}
+    for name, parameter in parameters.items():
+        value = values[name]
+        if value.numel() != parameter.numel():
+            raise UserError(
+                f"lora.start_from={file}: {name} is {tuple(value.shape)}, and the base needs "
+                f"{tuple(parameter.shape)}: use the base it was trained on"
+            )
+        if not value.isfinite().all():
+            raise UserError(
+                f"lora.start_from={file} is not finite in {name}: its training had diverged; give "
+                "an earlier adapter"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name].reshape(parameter.shape))

@@ -1,7 +1,8 @@
 """Signals that ask a run to end: it saves a checkpoint first, and its exit code says why it ended.
 
 A handler only takes note. What takes long asks `check` where it can stop with nothing lost; the
-training loop asks between two steps, all processes together (`Agreement`), and saves.
+training loop asks between two steps, all processes together (`Agreement`), and saves. Where one
+process was asked to end, all end, with the same exit code: before training by `jointly`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from train.config import RunFailed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 # How long processes wait for one another. Shares of what is cached differ, above all of a streamed
 # set with few shards; the launcher ends all processes where one died.
@@ -31,12 +34,27 @@ PATIENCE = timedelta(days=1)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # A launcher passes on the Ctrl-C that the terminal has sent to all: that is no second one.
 _SECOND_SECONDS = 2.0
+_LOOK_SECONDS = 1.0  # between two looks at what other processes say
+_WAIT_SECONDS = 0.01  # between two looks at whether they have arrived
+_LEAVE_SECONDS = 60.0  # how long the first process may take to say that it ended
 _PR_SET_PDEATHSIG = 1
+_PARENT = os.getppid()  # early enough to be the launcher, if there is one
+_ASKED, _SAID = "sd-atelier/asked", "sd-atelier/said"
+# What gloo, NCCL and the store of torch.distributed say of a process that is no more.
+_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "failed to recv, got 0 bytes",
+)
 
 FILE = "interrupted.json"
 
 _asked: tuple[int, float] | None = None
 """The first signal and when it came."""
+_looked = 0.0
+"""When this process last looked whether another was asked."""
 
 
 class Interrupted(SystemExit):
@@ -62,26 +80,50 @@ def listening(output: Path) -> Iterator[None]:
     """Within it the signals are taken note of, but for those that whoever started this process has
     it ignore (nohup). A second Ctrl-C ends it at once, without saving.
 
-    Where the run in the folder `output` ends for one, OUTPUT/interrupted.json says so: launchers
-    end with a code of their own.
+    Where the run in the folder `output` ends for one, OUTPUT/interrupted.json says so, for
+    launchers end with a code of their own, and nothing more is heard of signals: this process is
+    about to end with its own code. Raises RunFailed where another process of the run has gone.
     """
     global _asked
     _asked = None
     before = {number: signal.getsignal(number) for number in SIGNALS}
     heard = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
+    after: Any = before
     for number in heard:
         signal.signal(number, _note)
     _follow_the_launcher()
     try:
         yield
     except Interrupted as interrupted:
-        if os.environ.get("RANK", "0") == "0":
-            _tell(output, interrupted)
+        _say_why(output, interrupted)
+        # A launcher that saw another process end asks this one once more, on its way out.
+        after = dict.fromkeys(SIGNALS, signal.SIG_IGN)
         raise
+    except RunFailed:
+        raise
+    except RuntimeError as error:
+        gone = next((text for text in _GONE if text in str(error)), None)
+        if gone is None:
+            raise
+        raise RunFailed(
+            f"another process of this run has gone ({gone}). What it said, if anything, is beside "
+            "this; the same command goes on from the last checkpoint"
+        ) from None
     finally:
         for number in heard:
-            signal.signal(number, before[number])
+            signal.signal(number, after[number])
         _asked = None
+
+
+def _say_why(output: Path, interrupted: Interrupted) -> None:
+    """The first process does, and the others stay until it has: a launcher that sees one of them
+    end may kill the rest."""
+    if os.environ.get("RANK", "0") == "0":
+        _tell(output, interrupted)
+        _post(_SAID, 1)
+    elif (store := _store()) is not None:
+        with suppress(RuntimeError):  # it ended without a word, or too late
+            store.wait([_SAID], timedelta(seconds=_LEAVE_SECONDS))
 
 
 def _tell(output: Path, interrupted: Interrupted) -> None:
@@ -126,13 +168,40 @@ def asked() -> int:
 
 
 def check() -> None:
-    """Raises Interrupted where this process was asked to end. For what needs no other process."""
-    if number := asked():
+    """Raises Interrupted where this process was asked to end, or another one of those that work
+    `jointly`. For what needs no other process."""
+    if number := asked() or _asked_elsewhere():
         raise Interrupted(number)
 
 
+def _asked_elsewhere() -> int:
+    """The number of the signal that another process has told of; 0 for none."""
+    global _looked
+    now = time.monotonic()
+    if now - _looked < _LOOK_SECONDS:
+        return 0
+    _looked = now
+    store = _store()
+    return int(store.get(_ASKED)) if store is not None and store.check([_ASKED]) else 0
+
+
+def _post(key: str, number: int) -> None:
+    """For the other processes to read, if there are any."""
+    if (store := _store()) is not None:
+        with suppress(RuntimeError):  # whoever kept it has gone
+            store.set(key, str(number))
+
+
+def _store() -> Any:
+    """What all processes of a run can write to and read at any time; None where there is one."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store()
+
+
 def checking(progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """A progress that raises Interrupted where this process was asked to end."""
+    """A progress that raises Interrupted as `check` does."""
 
     def show(done: int, total: int) -> None:
         check()
@@ -141,25 +210,58 @@ def checking(progress: Callable[[int, int], None]) -> Callable[[int, int], None]
     return show
 
 
-def ignore() -> None:
-    """For a process that works for another one, which alone decides when both end: the loader's.
-    Signals are often sent to all processes of a job, and without its loader a run cannot go on."""
+def jointly(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` gives in this process, once every one has done its own. A place where all of them
+    meet.
+
+    Where one is asked to end meanwhile, at work or waiting, all raise Interrupted: those at work
+    from their next `check`. Any other error is raised at once, and ends the run for the others too.
+    """
+    number = 0
+    with closing(Agreement(accelerator)) as agreement:
+        try:
+            result = work()
+        except Interrupted as interrupted:
+            number = interrupted.number
+            _post(_ASKED, number)
+        agreement.wait()
+        if number := agreement.most(number or asked())[0]:
+            raise Interrupted(number)
+    return result
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Signals that come within it are heard at its end; a process that is forked within it hears
+    none before it has said that it will `ignore` them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore(parent: int) -> None:
+    """For a process that works for another one, `parent`, which alone decides when both end: the
+    loader's. Signals are often sent to all processes of a job, and without its loader a run cannot
+    go on."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    _die_with_parent(signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    _die_with(parent, signal.SIGKILL)
 
 
 def _follow_the_launcher() -> None:
     """Has a launcher that dies, as Accelerate's does of SIGTERM, leave no orphan behind."""
     launched = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if launched:
-        _die_with_parent(signal.SIGTERM)
+        _die_with(_PARENT, signal.SIGTERM)
 
 
-def _die_with_parent(number: int) -> None:
+def _die_with(parent: int, number: int) -> None:
+    """Has the kernel send a signal to this process once its parent is no more."""
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:  # it died before
@@ -177,6 +279,22 @@ class Agreement:
 
             self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
+    def wait(self) -> None:
+        """Until all processes are here. Whoever is asked to end meanwhile tells those that are not
+        yet, who find it when they `check`."""
+        if self._group is None:
+            return
+        import torch.distributed
+
+        arrived = torch.distributed.barrier(group=self._group, async_op=True)
+        told = False
+        while not arrived.is_completed():
+            if asked() and not told:
+                _post(_ASKED, asked())
+                told = True
+            time.sleep(_WAIT_SECONDS)
+        arrived.wait()
+
     def most(self, *mine: int) -> list[int]:
         """The largest of each number over all processes. They meet here."""
         if self._group is None:
@@ -185,14 +303,13 @@ class Agreement:
         import torch.distributed
 
         numbers = torch.tensor(mine, dtype=torch.int64)
-        try:
-            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=self._group)
-        except RuntimeError as error:
-            raise RunFailed(
-                f"another process of this run has gone ({error}). What it said is above; the same "
-                "command goes on from the last checkpoint"
-            ) from None
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=self._group)
         return numbers.tolist()
+
+    def check(self) -> None:
+        """Raises Interrupted in all processes where any was asked to end. They meet here."""
+        if number := self.most(asked())[0]:
+            raise Interrupted(number)
 
     def close(self) -> None:
         if self._group is not None:
@@ -200,8 +317,3 @@ class Agreement:
 
             torch.distributed.destroy_process_group(self._group)
             self._group = None
-
-    def check(self) -> None:
-        """Raises Interrupted in all processes where any was asked to end. They meet here."""
-        if number := self.most(asked())[0]:
-            raise Interrupted(number)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.buckets import buckets_of, too_small
-from data.files import progress
+from data.files import progress, silent
 from data.records import Record, Table
 from train.config import DataConfig
 from train.pictures import Part, Pictures, bucketed, cropping, policy
-from train.stopping import checking
+from train.stopping import checking, jointly
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,7 +90,8 @@ class _Passing:
                 print(f"note     {note}", flush=True)
             self._forget_what_is_lost()
         accelerator.wait_for_everyone()
-        stream_records(
+        mine = partial(
+            stream_records,
             self.part.stream,
             self.folder,
             self._visit,
@@ -98,7 +100,7 @@ class _Passing:
             world=accelerator.num_processes,
             progress=checking(progress("streaming shards", accelerator.is_main_process)),
         )
-        accelerator.wait_for_everyone()
+        jointly(accelerator, mine)
         self.store.refresh()
         return collect(self.part.stream, self.folder, on_bad=on_bad)
 
@@ -135,6 +137,7 @@ class _Passing:
                 flip=self.data.flip,
                 batch_size=self.data.cache_batch_size,
                 read=_reader({record.id: file for record, file in chunk}),
+                progress=checking(silent),
             )
 
     def _large_enough(self, table: Table) -> Table:

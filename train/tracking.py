@@ -3,81 +3,103 @@
 from __future__ import annotations
 
 import json
-import sys
-import uuid
+import os
+from collections import deque
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
-from train.config import TrackingConfig
+from train.config import RunFailed, TrackingConfig
+from train.dashboards import Dashboard, warn
+
+_HELD_LINES = 100_000  # that a full disk does not take
 
 
 class Tracker(Protocol):
     def log(self, metrics: dict[str, Any]) -> None: ...
 
-    def finish(self) -> None: ...
+    def finish(self, *, failed: bool = False) -> None: ...
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON line per logged step. Resuming drops the lines after the resumed
-    step."""
+    """metrics.jsonl: one JSON line per logged step, on the disk as soon as it is logged.
+
+    Resuming drops the lines after the resumed step. Raises RunFailed where it cannot be written to
+    begin with. Later, where the disk is full, lines wait in memory until it takes them: they are
+    worth less than the run.
+    """
 
     def __init__(self, path: Path, *, start: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        known = read_metrics(path) if start else []  # a run that starts anew measures its base anew
-        kept = [json.dumps(line) for line in known if line["step"] <= start]
-        temporary = path.with_suffix(".writing")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-
-    def log(self, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
-
-    def finish(self) -> None:
-        self._file.close()
-
-
-class Wandb:
-    """A wandb run that is resumed with the run directory. Any failure is one warning, never the
-    run's end."""
-
-    def __init__(self, output: Path, settings: dict[str, Any], *, project: str) -> None:
-        self._run: Any = None
-        self._id = output / "wandb_id.txt"
-        self._attempt(lambda: self._start(output, settings, project))
-
-    def _start(self, output: Path, settings: dict[str, Any], project: str) -> None:
-        import wandb
-
-        if not self._id.exists():
-            self._id.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-        self._run = wandb.init(
-            project=project,
-            name=output.name,
-            id=self._id.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            dir=str(output),
-            config=settings,
-        )
-
-    def log(self, metrics: dict[str, Any]) -> None:
-        if self._run is not None:
-            self._attempt(lambda: self._run.log(metrics, step=metrics["step"]))
-
-    def finish(self) -> None:
-        if self._run is not None:
-            self._attempt(self._run.finish)
-
-    def _attempt(self, action: Any) -> None:
+        self._path = path
+        self._waiting: deque[bytes] = deque(maxlen=_HELD_LINES)
+        self._file: FileIO | None = None
+        self._end, self._failed = 0, ""
         try:
-            action()
-        except Exception as error:  # a dashboard must never cost a night's training
-            self._run = None
-            print(f"warning: wandb is off for this run ({error})", file=sys.stderr)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            known = read_metrics(path) if start else []  # that starts anew measures its base anew
+            self._begin([line for line in known if line.get("step", 0) <= start])
+        except OSError as error:
+            raise RunFailed(
+                f"{path} cannot be written ({error.strerror or error}): free space, or make it "
+                "writable; the same command goes on"
+            ) from None
+
+    def _begin(self, lines: list[dict[str, Any]]) -> None:
+        temporary = self._path.with_suffix(".writing")
+        with temporary.open("wb") as file:
+            file.write(b"".join(map(_encoded, lines)))
+            file.flush()
+            os.fsync(file.fileno())
+            self._end = file.tell()
+        temporary.replace(self._path)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        self._waiting.append(_encoded(metrics))
+        self._write()
+
+    def finish(self, *, failed: bool = False) -> None:
+        self._write()
+        if self._waiting:
+            warn(f"{len(self._waiting)} lines of {self._path} are missing ({self._failed})")
+        self._close()
+
+    def _write(self) -> None:
+        """All that waits, or nothing."""
+        text = b"".join(self._waiting)
+        try:
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
+                self._file.truncate(self._end)  # what a full disk took of a line
+            if self._file.write(text) != len(text):
+                raise OSError("no space left for a whole line")
+            self._end += len(text)
+            self._waiting.clear()
+        except OSError as error:
+            if not self._failed:
+                warn(f"{self._path} cannot be written now ({error}): its lines wait in memory")
+            self._failed = str(error)
+            self._close()
+
+    def _close(self) -> None:
+        """Leaves the file with whole lines."""
+        with suppress(OSError):
+            if self._file is not None:
+                self._file.truncate(self._end)
+                self._file.close()
+        self._file = None
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    return json.dumps(line).encode() + b"\n"
 
 
 class Trackers:
-    """All trackers of a run as one; without any (on the other processes) it does nothing."""
+    """All trackers of a run as one; without any (on the other processes) it does nothing.
+
+    As a context it finishes them, as those of a run that failed where it is left by an error.
+    """
 
     def __init__(self, trackers: list[Tracker]) -> None:
         self._trackers = trackers
@@ -86,9 +108,20 @@ class Trackers:
         for tracker in self._trackers:
             tracker.log(metrics)
 
-    def finish(self) -> None:
+    def finish(self, *, failed: bool = False) -> None:
         for tracker in self._trackers:
-            tracker.finish()
+            tracker.finish(failed=failed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.finish(failed=kind is not None)
 
 
 def open_trackers(
@@ -97,19 +130,20 @@ def open_trackers(
     """metrics.jsonl and the configured dashboards, on the main process only."""
     if not main:
         return Trackers([])
-    dashboards: dict[str, Any] = {"wandb": Wandb}
-    return Trackers(
-        [MetricsFile(output / "metrics.jsonl", start=start)]
-        + [dashboards[name](output, settings, project=config.project) for name in config.trackers]
-    )
+    trackers: list[Tracker] = [MetricsFile(output / "metrics.jsonl", start=start)]
+    trackers += [
+        Dashboard(name, output, settings, project=config.project) for name in config.trackers
+    ]
+    return Trackers(trackers)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The intact lines of a metrics.jsonl; a line torn by a kill is left out."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        with suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                lines.append(value)
     return lines

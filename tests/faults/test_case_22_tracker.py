@@ -1,0 +1,222 @@
+"""Case 22: the tracker is refused, swallowed by a black hole, or fails in the middle of a run ->
+training completes, metrics.jsonl is whole, what was not sent can be sent later, and a resumed run
+is the same run on the dashboard.
+
+With wandb itself, against servers of our own.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.injected import Fault
+from tests.faults.processes import Starter
+from tests.faults.removals import Removal
+from tests.faults.wandb_server import black_hole, eventually, refused, server
+from tests.runs import ROOT, arguments
+from train.dashboards import FINISH_SECONDS, LEAVE_SECONDS
+from train.tracking import read_metrics
+
+WITHOUT = [
+    Removal(
+        "the end of a run waits for a dashboard as long as it takes",
+        "train/dashboards.py",
+        "FINISH_SECONDS = 30.0",
+        "FINISH_SECONDS = 3000.0",
+    ),
+    Removal(
+        "a run that was asked to end waits for a dashboard like any other",
+        "train/dashboards.py",
+        "LEAVE_SECONDS = 5.0",
+        "LEAVE_SECONDS = 29.0",
+    ),
+    Removal(
+        "each part of a run is a run of its own on the dashboard",
+        "train/dashboard_process.py",
+        "    if not known:\n",
+        "    if True:\n",
+    ),
+    Removal(
+        "wandb's own steps, which never go back",
+        "train/dashboard_process.py",
+        "if value is not None})",
+        'if value is not None}, step=line["step"])',
+    ),
+    Removal(
+        "training waits until a dashboard has taken its line",
+        "train/dashboards.py",
+        "            self._left_out += 1\n        self._listen()",
+        "            self._left_out += 1\n        while not self._done:\n"
+        "            self._listen()",
+    ),
+    Removal(
+        "a server that is not there is an error of the dashboard alone",
+        "train/dashboard_process.py",
+        "        except Exception as error:\n            self._why",
+        "        except KeyError as error:\n            self._why",
+    ),
+]
+
+
+pytestmark = pytest.mark.slow
+At = Callable[[str], dict[str, str | None]]
+
+
+@pytest.fixture
+def at(tmp_path: Path) -> At:
+    """The environment of a run whose wandb looks for its server at a URL."""
+
+    def environment(url: str) -> dict[str, str | None]:
+        return {
+            "HOME": str(tmp_path),
+            "WANDB_API_KEY": "0" * 40,
+            "WANDB_BASE_URL": url,
+            "WANDB_MODE": None,
+            "WANDB_ERROR_REPORTING": "false",
+        }
+
+    return environment
+
+
+def tracked(world: Path, output: Path, *overrides: str) -> list[str]:
+    return arguments(world, output, "tracking.trackers=[wandb]", "preview.every=0", *overrides)
+
+
+def steps(output: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(output / "metrics.jsonl")]
+
+
+def sendable(said: str) -> list[Path]:
+    """The files with what `wandb sync` of the folders that were named would send."""
+    named = re.findall(r"`wandb sync (.*?)`", said)
+    return [path for name in named for path in Path(*shlex.split(name)).glob("*.wandb")]
+
+
+def killed_then_resumed(starter: Starter, world: Path, output: Path, env: Any) -> str:
+    """A run that is killed before it logs step 4, where its last checkpoint is that of step 2, and
+    goes on; returns what it then says."""
+    kill = Fault(at="train.tracking:MetricsFile.log", call=4, do="kill")
+    command = ("train/lora.py", *tracked(world, output))
+    starter.finish(*command, faults=[kill], env=env, code=-signal.SIGKILL)
+    assert steps(output) == [1, 2, 3]
+    dashboards_end()
+    said = starter.finish(*command, env=env)
+    assert steps(output) == [1, 2, 3, 4, 5, 6]
+    return said
+
+
+def dashboards_end() -> None:
+    """Those that outlive their run."""
+    eventually(lambda: not processes("dashboard_process.py"), FINISH_SECONDS + 10)
+
+
+def processes(name: str) -> list[int]:
+    """Of a script, in this test's own tree."""
+    ours = str(ROOT / "train" / name)
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if ours in path.read_text(errors="replace").split("\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_a_resumed_run_is_the_same_on_the_dashboard(
+    starter: Starter, world: Path, tmp_path: Path, at: At
+) -> None:
+    with server() as wandb:
+        said = killed_then_resumed(starter, world, tmp_path / "run", at(wandb.url))
+        first, second = wandb.ids
+        assert first == second
+        # What was logged after the checkpoint comes twice, and replaces nothing that came before.
+        assert wandb.steps() == [1, 2, 3, 3, 4, 5, 6]
+        assert not any("code" in name or "patch" in name for name in wandb.files)
+        assert "warning" not in said and wandb.url in said
+
+
+def test_so_it_is_without_a_network_by_intention(
+    starter: Starter, world: Path, tmp_path: Path, at: At
+) -> None:
+    offline = at(refused()) | {"WANDB_MODE": "offline"}
+    said = killed_then_resumed(starter, world, tmp_path / "run", offline)
+    parts = [path.name for path in (tmp_path / "run/wandb").glob("offline-run-*")]
+    assert len(parts) == 2 and len({name.rpartition("-")[2] for name in parts}) == 1
+    assert len(sendable(said)) == 1 and "warning" not in said
+
+
+def test_a_run_that_is_to_end_while_wandb_starts_does_so_at_once(
+    starter: Starter, world: Path, tmp_path: Path, at: At
+) -> None:
+    output = tmp_path / "run"
+    with black_hole() as url:
+        run = starter.start(
+            "train/lora.py", *tracked(world, output, "train.steps=100000"), env=at(url)
+        )
+        run.until(lambda: len(steps(output)) > 2)
+        run.signal(signal.SIGTERM)
+        since = time.monotonic()
+        assert run.wait(60) == [128 + signal.SIGTERM]
+        assert time.monotonic() - since < LEAVE_SECONDS + 12
+
+
+def test_a_server_that_refuses_or_never_answers_costs_a_bounded_wait_at_the_end(
+    starter: Starter, world: Path, tmp_path: Path, at: At
+) -> None:
+    with black_hole() as hole:
+        runs = {
+            tmp_path / name: starter.start(
+                "train/lora.py", *tracked(world, tmp_path / name), env=at(url)
+            )
+            for name, url in (("refused", refused()), ("hole", hole))
+        }
+        for output, run in runs.items():
+            run.until(lambda output=output: len(steps(output)) == 6)
+        since = time.monotonic()
+        for output, run in runs.items():
+            assert run.wait(FINISH_SECONDS + 30) == [0], run.output
+            assert steps(output) == [1, 2, 3, 4, 5, 6]
+            assert (output / "adapter").is_dir()
+            assert run.output.count("warning: wandb") == 1
+        assert time.monotonic() - since < FINISH_SECONDS + 10
+    dashboards_end()
+
+
+def test_a_server_that_refuses_a_long_run_has_it_kept_to_be_sent_later(
+    starter: Starter, world: Path, tmp_path: Path, at: At
+) -> None:
+    """As the test before, but wandb has the time to give up."""
+    output = tmp_path / "run"
+    run = starter.start("train/lora.py", *tracked(world, output), env=at(refused()))
+    run.until(lambda: len(steps(output)) > 2)
+    run.signal(signal.SIGSTOP)
+    eventually(lambda: list(output.glob("wandb/offline-run-*")), 90)
+    run.signal(signal.SIGCONT)
+    assert run.wait(60) == [0], run.output
+    assert steps(output) == [1, 2, 3, 4, 5, 6]
+    assert run.output.count("warning: wandb goes on offline") == 1
+    assert len(sendable(run.output)) == 1
+
+
+def test_a_server_that_dies_costs_a_bounded_wait_and_what_it_missed_is_kept(
+    starter: Starter, world: Path, tmp_path: Path, at: At
+) -> None:
+    output = tmp_path / "run"
+    with server() as wandb:
+        run = starter.start("train/lora.py", *tracked(world, output), env=at(wandb.url))
+        run.until(lambda: len(steps(output)) > 2)
+        run.signal(signal.SIGSTOP)
+        eventually(lambda: wandb.rows)
+    run.signal(signal.SIGCONT)
+    assert run.wait(FINISH_SECONDS + 60) == [0], run.output
+    assert steps(output) == [1, 2, 3, 4, 5, 6]
+    assert run.output.count("warning: wandb has not taken everything") == 1
+    assert len(sendable(run.output)) == 1
