@@ -16,6 +16,7 @@ from train.config import (
     TextualInversionRun,
     UserError,
     load,
+    read_yaml,
 )
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def read_run(run: Path, overrides: Sequence[str]) -> RunConfig:
     if not file.is_file():
         raise UserError(f"run={run}: no config.yaml there; give the directory of a training run")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = read_yaml(file)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid YAML: {error}") from None
     sections = set(values) if isinstance(values, dict) else set()

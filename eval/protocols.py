@@ -17,6 +17,7 @@ from train.config import (
     Section,
     TextualInversionRun,
     UserError,
+    read_yaml,
     validate,
 )
 
@@ -133,7 +134,7 @@ def _prompt(template: str, subject: str, noun: str) -> Prompt:
 def _read(path: Path) -> PromptFile:
     where = f"evaluation.protocol={path}"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except OSError as error:
         raise UserError(f"{where} cannot be read ({error.strerror or error})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -18,7 +18,7 @@ import yaml
 from pydantic import field_validator
 
 from eval.sampling import SamplingConfig, load_base, make, read_prompts, spelled_out
-from train.config import ModelConfig, UserError, command, dump, load
+from train.config import ModelConfig, UserError, command, dump, load, read_yaml
 
 
 class BaseConfig(ModelConfig):
@@ -86,7 +86,7 @@ def claim(config: GenerateConfig) -> None:
 
 def _negative_prompt(file: Path) -> str | None:
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")).get("negative_prompt")
+        return read_yaml(file).get("negative_prompt")
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         return None
 

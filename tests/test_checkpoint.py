@@ -330,6 +330,13 @@ def test_a_best_is_written_whole_or_not_at_all(written, monkeypatch):
     checkpoints.save(6, model, optimizer)
     assert not list(checkpoints.folder.glob(".writing-*"))
 
+    def full(path, text):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(checkpoint, "write_synced", full)
+    with pytest.raises(RunFailed, match="best.json could not be written.*No space.*Free space"):
+        checkpoints.mark_best(6)
+
 
 # Damaged ones among them
 

@@ -217,6 +217,7 @@ def test_of_wildcards_each_class_picture_keeps_what_it_was_made_with(world, tmp_
 
 def test_class_pictures_that_another_machine_has_are_missed_by_name(world, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr("train.made_pictures.jointly", lambda accelerator, work: work())
     with pytest.raises(UserError, match=r"data\.cache=.*not the same folder for all processes"):
         prepared(world, tmp_path, f"data.cache={tmp_path / 'cache'}")
 

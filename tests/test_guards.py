@@ -114,7 +114,7 @@ class Kept:
     """Checkpoints of which the last is written by the time it is waited for."""
 
     def __init__(self, *steps, fails=False):
-        self.kept, self.fails, self.waited = list(steps), fails, False
+        self.kept, self.fails, self.waited, self.writes = list(steps), fails, False, True
 
     def wait(self):
         self.waited = True

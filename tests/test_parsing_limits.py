@@ -38,7 +38,7 @@ def laughs(link):
         (b"x: &a y\nz: [" + b"*a, " * 2_000 + b"]", "1000 aliases"),
         (laughs(lambda inner: f"[{inner}]"), "more than 100000 values"),
         (laughs(lambda inner: f"{{<<: [{inner}]}}"), "more than 100000 keys"),
-        (b"data: &a {path: *a}", "more than 100000 values"),
+        (b"model: &a {x: *a}", "more than 100000 values"),
         (b"seed: 2001-99-99", "a value in it cannot be read"),
         (b"seed: !!int 0x", "a value in it cannot be read"),
         (b"seed: !!bool x", "a value in it cannot be read"),

@@ -131,7 +131,6 @@ def test_one_process_agrees_with_itself(tmp_path):
         agreement.check()
         ask()
         agreement.check()
-    agreement.close()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import sys
+from contextlib import suppress
 from errno import EFBIG
 from functools import partial
 from pathlib import Path
@@ -139,11 +140,9 @@ class Checkpoints:
         try:
             self._write(step, files, facts)
         except OSError as error:
-            self._clean()
-            raise RunFailed(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {error}; "
-                f"{self._newest()}. {_remedy(error)}, then give the same command again"
-            ) from None
+            with suppress(OSError):
+                self._clean()
+            raise self._not_written(f"the checkpoint of step {step}", error) from None
         self._verified.add(step)
         self._prune(step)
 
@@ -219,6 +218,14 @@ class Checkpoints:
             "Lower optim.learning_rate, or use train.mixed_precision=bf16 or no, in a new output="
         )
 
+    def _not_written(self, what: str, error: OSError) -> RunFailed:
+        too_large = error.errno == EFBIG
+        remedy = "Raise the limit of file sizes (ulimit -f)" if too_large else "Free space there"
+        return RunFailed(
+            f"{what} could not be written to {self.folder}: {error}; {self._newest()}. {remedy}, "
+            "then give the same command again"
+        )
+
     def _newest(self) -> str:
         intact = next((step for step in reversed(self.steps()) if self._is_intact(step)), None)
         if intact is None:
@@ -235,7 +242,10 @@ class Checkpoints:
         if self.writes and step is None:
             (self.folder / _BEST).unlink(missing_ok=True)
         elif self.writes:
-            self._write_best({"step": step, **facts})
+            try:
+                self._write_best({"step": step, **facts})
+            except OSError as error:
+                raise self._not_written(_BEST, error) from None
 
     def _write_best(self, content: dict[str, Any]) -> None:
         temporary = self.folder / f"{_WRITING}{_BEST}"
@@ -308,8 +318,3 @@ class Checkpoints:
         if averages is not None:
             has_averages = "averages.safetensors" in manifest["files"]
             averages.load(read_tensors(path / "averages.safetensors") if has_averages else {})
-
-
-def _remedy(error: OSError) -> str:
-    too_large = error.errno == EFBIG
-    return "Raise the limit of file sizes (ulimit -f)" if too_large else "Free space there"

@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +32,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 _NEEDED = ("model.safetensors", "optimizer.safetensors")
 _CHUNK = 4 * 2**20  # bytes that are written, and meanwhile hashed, at a time
+_AHEAD = 8  # pieces at most that are written but not hashed yet
 _MANIFEST_BYTES = 64 * 2**20  # at most: a few numbers for each parameter
 
 _DTYPES = {
@@ -67,16 +70,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     # The widest first, as safetensors itself does: readers may want each where its width divides.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
-        header = _header(ordered)
-        hashing = beside.submit(digest.update, header)
-        append(file, header)
-        for piece in _pieces(tensor for _, tensor in ordered):
-            hashing.result()
-            hashing = beside.submit(digest.update, piece)
-            append(file, piece)
-        hashing.result()
-        to_disk(file)
+    hashing: deque[Future[None]] = deque()
+    with path.open("wb", buffering=0) as file:
+        with ThreadPoolExecutor(1) as beside:
+            for piece in chain([_header(ordered)], _pieces(tensor for _, tensor in ordered)):
+                if len(hashing) == _AHEAD:
+                    hashing.popleft().result()
+                hashing.append(beside.submit(digest.update, piece))
+                append(file, piece)
+            to_disk(file)
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 

@@ -32,6 +32,7 @@ from train.parsing import (
     dump,
     fields,
     load,
+    read_yaml,
     validate,
 )
 
@@ -60,6 +61,7 @@ __all__ = [
     "dump",
     "fields",
     "load",
+    "read_yaml",
     "validate",
 ]
 

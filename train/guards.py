@@ -134,13 +134,17 @@ def memory_named(
         first = str(error).partition("\n")[0] or type(error).__name__
         with suppress(RunFailed):  # what was being written is the last; if it fails, another is
             checkpoints.wait()
-        kept = checkpoints.steps()
-        last = (
-            f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no checkpoint yet"
-        )
         raise RunFailed(
-            f"out of memory ({first.rstrip('.')}); {last}. {_savings(config, accelerator)}"
+            f"out of memory ({first.rstrip('.')}); {_kept(checkpoints)}. "
+            f"{_savings(config, accelerator)}"
         ) from None
+
+
+def _kept(checkpoints: Checkpoints) -> str:
+    if kept := checkpoints.steps():
+        return f"the checkpoint of step {kept[-1]} is kept"
+    # Another process than the one that writes may be the first to end.
+    return "there is no checkpoint yet" if checkpoints.writes else "any checkpoint is kept"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -161,9 +161,18 @@ def _inspect_folder(path: Path) -> BaseModel:
         raise UserError(
             f"model.path={path} lacks {', '.join(missing)}; a complete base has {', '.join(PARTS)}"
         )
+    _check_vocabulary(path / "tokenizer")
     size = sum(_weights(path, part) for part in _WEIGHTS)
     facts = _facts(str(path), path, index.get("_class_name"))
     return BaseModel(str(path), "diffusers folder", weight_bytes=size, **facts)
+
+
+def _check_vocabulary(folder: Path) -> None:
+    one, two = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
+    if not (one.is_file() or all(file.is_file() for file in two)):
+        raise UserError(
+            f"{folder} lacks its vocabulary: tokenizer.json, or vocab.json and merges.txt"
+        )
 
 
 def _check_classes(path: str, index: dict[str, Any]) -> None:

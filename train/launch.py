@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 import torch
 
@@ -14,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from train import sharding, zero
 from train.config import UserError
-from train.stopping import PATIENCE
+from train.stopping import PATIENCE, Agreement, joining
 
 
 def open_accelerator(mixed_precision: str) -> Accelerator:
@@ -25,13 +26,15 @@ def open_accelerator(mixed_precision: str) -> Accelerator:
     """
     workers = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        accelerator = Accelerator(
-            mixed_precision=mixed_precision,
-            cpu=workers > 1 and not torch.cuda.is_available(),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-            fsdp_plugin=sharding.plugin(mixed_precision),
-            deepspeed_plugin=zero.plugin(),
-        )
+        with joining() if workers > 1 else nullcontext():
+            accelerator = Accelerator(
+                mixed_precision=mixed_precision,
+                cpu=workers > 1 and not torch.cuda.is_available(),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+                fsdp_plugin=sharding.plugin(mixed_precision),
+                deepspeed_plugin=zero.plugin(),
+            )
+            Agreement(accelerator).wait()
     except ValueError as error:
         raise UserError(
             f"train.mixed_precision={mixed_precision} does not work here: {error}"

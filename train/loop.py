@@ -106,7 +106,6 @@ def fit(
         start=start,
     )
     with ExitStack() as ending:
-        ending.callback(agreement.close)
         ending.enter_context(trackers)
         ending.callback(meter.close)
         ending.callback(checkpoints.close)
@@ -163,7 +162,7 @@ def restore(
     checkpoints.load(start, model, optimizer, averages, verified=True)
     sharding.refresh(optimizer)
     facts = checkpoints.facts(start)
-    if accelerator.scaler is not None:
+    if accelerator.scaler is not None and "scaler" in facts:
         accelerator.scaler.load_state_dict(facts["scaler"])
     return start, facts
 

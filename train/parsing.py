@@ -153,13 +153,18 @@ def _split(arguments: Sequence[str], default: Path | None) -> tuple[str | None, 
     return files[0] if files else str(default) if default else None, overrides
 
 
+def read_yaml(file: Path) -> Any:
+    """The value of a YAML file, from anybody. Raises OSError, UnicodeDecodeError or YAMLError."""
+    with file.open("rb") as stream:
+        content = stream.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise yaml.YAMLError(f"it has more than {MAX_FILE_BYTES} bytes")
+    return _parsed(content.decode("utf-8-sig"))
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        with file.open("rb") as stream:
-            content = stream.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            raise UserError(f"--config {file} has more than {MAX_FILE_BYTES} bytes")
-        values = _parsed(content.decode("utf-8-sig"))
+        values = read_yaml(file)
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

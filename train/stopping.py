@@ -12,10 +12,12 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,6 +38,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SECOND_SECONDS = 2.0
 _LOOK_SECONDS = 1.0  # between two looks at what other processes say
 _WAIT_SECONDS = 0.01  # between two looks at whether they have arrived
+_JOIN_SECONDS = 1800.0  # how long one that is there waits for the others to start
 _LEAVE_SECONDS = 60.0  # how long the first process may take to say that it ended
 _PR_SET_PDEATHSIG = 1
 _PARENT = os.getppid()  # early enough to be the launcher, if there is one
@@ -217,16 +220,15 @@ def jointly(accelerator: Accelerator, work: Callable[[], T]) -> T:
     Where one is asked to end meanwhile, at work or waiting, all raise Interrupted: those at work
     from their next `check`. Any other error is raised at once, and ends the run for the others too.
     """
-    number = 0
-    with closing(Agreement(accelerator)) as agreement:
-        try:
-            result = work()
-        except Interrupted as interrupted:
-            number = interrupted.number
-            _post(_ASKED, number)
-        agreement.wait()
-        if number := agreement.most(number or asked())[0]:
-            raise Interrupted(number)
+    agreement, number = Agreement(accelerator), 0
+    try:
+        result = work()
+    except Interrupted as interrupted:
+        number = interrupted.number
+        _post(_ASKED, number)
+    agreement.wait()
+    if number := agreement.most(number or asked())[0]:
+        raise Interrupted(number)
     return result
 
 
@@ -270,23 +272,17 @@ def _die_with(parent: int, number: int) -> None:
 
 class Agreement:
     """What the processes of a run decide together, once a step. On the host, so that nothing waits
-    for a device."""
+    for a device, and that one of them has gone is noticed at once."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self._group: Any = None
-        if accelerator.num_processes > 1:
-            import torch.distributed
-
-            self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self._group = _hosts() if accelerator.num_processes > 1 else None
 
     def wait(self) -> None:
         """Until all processes are here. Whoever is asked to end meanwhile tells those that are not
         yet, who find it when they `check`."""
         if self._group is None:
             return
-        import torch.distributed
-
-        arrived = torch.distributed.barrier(group=self._group, async_op=True)
+        arrived = self._reduced(_numbers([0]))
         told = False
         while not arrived.is_completed():
             if asked() and not told:
@@ -299,11 +295,8 @@ class Agreement:
         """The largest of each number over all processes. They meet here."""
         if self._group is None:
             return list(mine)
-        import torch
-        import torch.distributed
-
-        numbers = torch.tensor(mine, dtype=torch.int64)
-        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=self._group)
+        numbers = _numbers(mine)
+        self._reduced(numbers).wait()
         return numbers.tolist()
 
     def check(self) -> None:
@@ -311,9 +304,39 @@ class Agreement:
         if number := self.most(asked())[0]:
             raise Interrupted(number)
 
-    def close(self) -> None:
-        if self._group is not None:
-            import torch.distributed
+    def _reduced(self, numbers: Any) -> Any:
+        from torch.distributed import ReduceOp, all_reduce
 
-            torch.distributed.destroy_process_group(self._group)
-            self._group = None
+        return all_reduce(numbers, ReduceOp.MAX, group=self._group, async_op=True)
+
+
+def _numbers(values: Sequence[int]) -> Any:
+    import torch
+
+    return torch.tensor(values, dtype=torch.int64)
+
+
+@cache
+def _hosts() -> Any:
+    """The group of all processes that meets on their hosts; where that is not the one there is,
+    made once: while it is made, it is not noticed who has gone."""
+    from torch import distributed
+
+    if distributed.get_backend() == "gloo":
+        return distributed.group.WORLD
+    return distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    """Ends this process, with code 1, where the others do not join it: before they have, nothing
+    tells that one of them has gone."""
+    text = f"error: the other processes of this run have not come in {_JOIN_SECONDS:g} s\n"
+    timer = threading.Timer(_JOIN_SECONDS, lambda: (os.write(2, text.encode()), os._exit(1)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()

@@ -142,7 +142,7 @@ def _toy_run(folder: Path, steps: int) -> Callable[..., None]:
     from train.launch import open_accelerator
     from train.loop import fit
 
-    toy.write_pictures(folder / "pictures", 32, seed=0)
+    toy.write_pictures(folder / "pictures", 16, seed=0)
     overrides = [f"output={folder}", f"data.path={folder / 'pictures'}"]
     overrides += [f"data.cache={folder / 'cache'}", f"train.steps={steps}"]
     overrides += ["optim.warmup_steps=0", "preview.every=0", "validation.every=0"]

@@ -9,6 +9,7 @@ import pickle
 import struct
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def _adapter(**settings: Any) -> bytes:
     return safetensors(content | {_LAYER.format("A"): down, _LAYER.format("B"): up}, bytes(768))
 
 
+@cache
 def hostile_adapters() -> dict[str, tuple[bytes, str]]:
     """Files by name, each with words of what is said of it."""
     many = json.dumps({f"t{k}": entry((0,), (0, 0)) for k in range(100_000)}).encode()

@@ -112,10 +112,15 @@ def late(call: int) -> None:
     Checkpoints._put = function  # type: ignore[method-assign]
 
 
-SPOILED = {
-    one.__name__: one
-    for one in (gradient, loss, memory, update, weights, result, group, leaving, slow, late)
-}
+def impatient(call: int) -> None:
+    """Nobody waits for more than three seconds for the others to start."""
+    from train import stopping
+
+    stopping._JOIN_SECONDS = 3.0
+
+
+_ALL = (gradient, loss, memory, update, weights, result, group, leaving, slow, late, impatient)
+SPOILED = {one.__name__: one for one in _ALL}
 
 
 def _spoil_one_weight() -> Callable[[Any], None]:

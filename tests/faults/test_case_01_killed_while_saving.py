@@ -16,24 +16,28 @@ WITHOUT = [
         "train/checkpoint.py",
         'temporary = self.folder / f"{_WRITING}{named(step)}"',
         "temporary = self.path(step)",
+        tests="some",
     ),
     Removal(
         "fsync of the files",
         "train/checkpoint_files.py",
-        "        to_disk(file)\n        return",
+        "            to_disk(file)\n        return",
         "        return",
+        tests="on_the_disk",
     ),
     Removal(
         "fsync of the folder",
         "train/checkpoint.py",
         "        os.replace(temporary, path)\n        sync(self.folder)",
         "        os.replace(temporary, path)",
+        tests="on_the_disk",
     ),
     Removal(
         "what is pruned changes its name first",
         "train/checkpoint.py",
         "shutil.rmtree(self._set_aside(self.path(step), _REMOVED), ignore_errors=True)",
         "shutil.rmtree(self.path(step), ignore_errors=True)",
+        tests="some",
     ),
     Removal(
         "pruning waits until the new one is there",
@@ -42,18 +46,21 @@ WITHOUT = [
         "            for old in self.steps()[: 1 - self.keep]:\n"
         "                shutil.rmtree(self.path(old))\n"
         "            self._write(step, files, facts)\n",
+        tests="some",
     ),
     Removal(
         "what is replaced has its name back if the new one did not come",
         "train/checkpoint.py",
         "                os.replace(path, name)",
         "                pass",
+        tests="some",
     ),
     Removal(
         "leftovers are cleared away",
         "train/checkpoint.py",
         "        if self.writes:\n            self._clean()",
         "",
+        tests="some",
     ),
 ]
 

@@ -14,8 +14,8 @@ WITHOUT = [
     Removal(
         "what did not fit is removed",
         "train/checkpoint.py",
-        "        except OSError as error:\n            self._clean()\n",
-        "        except OSError as error:\n",
+        "            with suppress(OSError):\n                self._clean()\n",
+        "",
     ),
     Removal(
         "a failure beside training is kept until it is asked for",

@@ -22,49 +22,64 @@ from tests.faults.chains import (
 from tests.faults.processes import Starter
 from tests.faults.removals import Removal
 
+# Of the tests below, the ones that a removal is to turn red.
+LORA, FULL = "dreambooth-0-1", "full-0-1"
 WITHOUT = [
     Removal(
         "the samples go on from where the run stopped",
         "train/loop.py",
         "enumerate(meter.waiting(batches(start)), start)",
         "enumerate(meter.waiting(list(batches(0))[: steps - start]), start)",
+        LORA,
     ),
     Removal(
         "dropout is drawn anew from each step",
         "train/loop.py",
         "            seed_step(config.seed, step, accelerator.process_index)\n",
         "",
+        LORA,
     ),
     Removal(
         "the moving averages are restored",
         "train/loop.py",
         "checkpoints.load(start, model, optimizer, averages, verified=True)",
         "checkpoints.load(start, model, optimizer, None, verified=True)",
-        "full-0-1",
+        FULL,
     ),
     Removal(
         "a line of metrics.jsonl has the steps before the kill too",
         "train/loop.py",
         'before=facts.get("meter"),',
         "before=None,",
+        LORA,
+    ),
+    Removal(
+        "each process has its own part of that line again",
+        "train/meter.py",
+        "self._loss += losses[self._accelerator.process_index]",
+        "self._loss += sum(losses) if main else 0",
+        "lora-2-2",
     ),
     Removal(
         "metrics.jsonl loses the steps that are repeated",
         "train/loop.py",
         "config.tracking, start=start, main=main)",
         "config.tracking, start=start and steps, main=main)",
+        LORA,
     ),
     Removal(
         "noise is a function of seed, step and picture",
         "data/noising.py",
         'noise = counter.normal(shape, seed, "noise", *purpose)',
         "noise = np.random.standard_normal(shape).astype(np.float32)",
+        LORA,
     ),
     Removal(
         "the order is a function of seed and epoch",
         "data/order.py",
         'counter.generator(self.seed, "order", *purpose).permutation(count)',
         "np.random.permutation(count)",
+        LORA,
     ),
 ]
 # 9 pictures in buckets of 2, 5 and 2: an epoch has four steps, of 4, 2, 2 and 1 in some order.

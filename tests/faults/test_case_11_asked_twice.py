@@ -27,24 +27,28 @@ WITHOUT = [
         "train/stopping.py",
         "    elif number == signal.SIGINT and now - _asked[1] > _SECOND_SECONDS:",
         "    else:",
+        "first_one",
     ),
     Removal(
         "not one that a launcher passes on",
         "train/stopping.py",
         "_SECOND_SECONDS = 2.0",
         "_SECOND_SECONDS = 0.0",
+        "second_ctrl",
     ),
     Removal(
         "a second SIGINT ends it",
         "train/stopping.py",
         "        os._exit(128 + number)",
         "        return",
+        "second_ctrl",
     ),
     Removal(
         "on its way out a process hears nothing more",
         "train/stopping.py",
         "        after = dict.fromkeys(SIGNALS, signal.SIG_IGN)\n",
         "",
+        "first_one",
     ),
 ]
 

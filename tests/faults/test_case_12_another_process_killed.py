@@ -6,6 +6,7 @@ import pytest
 from tests.faults.endings import SPARSE, finished, nothing_lives, same_end
 from tests.faults.injected import Fault
 from tests.faults.removals import Removal
+from tests.faults.spoiled import spoiled
 from tests.runs import arguments
 
 WITHOUT = [
@@ -14,23 +15,25 @@ WITHOUT = [
         "train/stopping.py",
         "        if gone is None:",
         "        if True:",
+        "nothing_is_lost",
     ),
     Removal(
-        "checkpoints",
-        "train/pauses.py",
-        "        if self._due(done, self.config.checkpoint.every):\n            self._save(done)\n",
-        "",
+        "who joins does not wait for ever",
+        "train/stopping.py",
+        "    timer.start()\n",
+        "    timer.start()\n    timer.cancel()\n",
+        "even_join",
     ),
 ]
 
-MOST, MINUTE = "train.stopping:Agreement.most", 60
+MINUTE = 60  # in seconds
 PLACES = {
-    "caching": ("data.cache:_encode_batch", 1, 0),
-    "a barrier": ("train.previews:Previews._write", 2, 2),
-    "a step": ("train.loop:accumulate", 4, 2),
-    "between backward and update": ("train.guards:Guard.passes", 4, 2),
-    "a validation": ("train.validation:_moved", 3, 2),
-    "a save": ("train.pauses:Pause._save", 2, 2),
+    "caching": ("data.cache:_encode_batch", 1),
+    "a barrier": ("train.previews:Previews._write", 2),
+    "a step": ("train.loop:accumulate", 4),
+    "between backward and update": ("train.guards:Guard.passes", 4),
+    "a validation": ("train.validation:_moved", 3),
+    "a save": ("train.checkpoint:Checkpoints.save", 2),
 }
 
 
@@ -54,7 +57,7 @@ def test_the_others_end_and_nothing_is_lost(starter, world, tmp_path, place, ran
     whole, output = tmp_path / "whole", tmp_path / "run"
     own = looking(world, tmp_path)
     command = ["train/lora.py", *arguments(world, output, *own)]
-    at, call, kept = PLACES[place]
+    at, call = PLACES[place]
     kill = Fault(at=at, call=call, do="kill", rank=rank)
     run = starter.start(*command, processes=2, faults=[kill])
     codes = run.wait(MINUTE)
@@ -65,6 +68,18 @@ def test_the_others_end_and_nothing_is_lost(starter, world, tmp_path, place, ran
     finished(starter, command, output, processes=2)
     starter.finish("train/lora.py", *arguments(world, whole, *own), processes=2)
     same_end(output, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_does_not_even_join_is_not_waited_for_long(starter, world, tmp_path, rank):
+    command = ["train/lora.py", *arguments(world, tmp_path / "run", *SPARSE)]
+    kill = Fault(at="train.launch:open_accelerator", do="kill", rank=rank)
+    run = starter.start(*spoiled("impatient"), *command, processes=2, faults=[kill])
+    codes = run.wait(MINUTE)
+    assert codes[rank] == -9 and codes[1 - rank] == 1, f"{codes}\n{run.output}"
+    if rank == 1:  # without the first, there is nowhere to come to
+        assert "error: the other processes of this run have not come in 3 s" in run.output
 
 
 @pytest.mark.slow

@@ -16,24 +16,28 @@ WITHOUT = [
         "train/guards.py",
         "        if not is_out_of_memory(error):",
         "        if True:",
+        "names_the_last",
     ),
     Removal(
         "with the last checkpoint, once it is written",
         "train/guards.py",
         "            checkpoints.wait()\n",
         "            pass\n",
+        "names_the_last",
     ),
     Removal(
         "torch's own allocator is known",
         "train/guards.py",
         "    return isinstance(error, Exception) and should_reduce_batch_size(error)",
         "    return False",
+        "before_the_first",
     ),
     Removal(
         "a preview's costs the previews alone",
         "train/previews.py",
         "        if not is_out_of_memory(error):",
         "        if True:",
+        "preview",
     ),
 ]
 
@@ -75,8 +79,9 @@ def test_before_the_first_checkpoint_there_is_none_to_name(starter, world, tmp_p
 @pytest.mark.slow
 def test_of_two_processes_the_other_ends_too(starter, world, tmp_path):
     whole, output = tmp_path / "whole", tmp_path / "run"
-    starter.finish("train/lora.py", *arguments(world, whole, *OFTEN), processes=2)
-    entry = ["train/lora.py", *arguments(world, output, *OFTEN)]
+    own = (*OFTEN, "checkpoint.asynchronous=false")
+    starter.finish("train/lora.py", *arguments(world, whole, *own), processes=2)
+    entry = ["train/lora.py", *arguments(world, output, *own)]
     oom = Fault(at=FORWARD, call=3, do="oom", rank=1)
     run = starter.start(*entry, processes=2, faults=[oom])
     assert run.wait(60) == [1, 1]
@@ -95,8 +100,7 @@ def test_a_validation_s_loses_nothing(starter, world, tmp_path):
     own = (*OFTEN, *looks)
     starter.finish("train/lora.py", *arguments(world, whole, *own))
     entry = ["train/lora.py", *arguments(world, output, *own)]
-    # Four batches of two, held out or not, before training and as many after three steps.
-    oom = Fault(at="train.validation:_moved", call=6, do="raise:MemoryError")
+    oom = Fault(at="train.validation:Validation.run", call=2, do="raise:MemoryError")
     error = error_of(starter.finish(*entry, faults=[oom], code=1))
     assert "out of memory (injected); the checkpoint of step 2 is kept." in error
     starter.finish(*entry)

@@ -23,7 +23,6 @@ from tests.faults.processes import Starter
 from tests.faults.removals import Removal
 from tests.faults.wandb_server import black_hole, eventually, refused, server
 from tests.runs import ROOT, arguments
-from train.dashboards import FINISH_SECONDS, LEAVE_SECONDS
 from train.tracking import read_metrics
 
 WITHOUT = [
@@ -66,6 +65,8 @@ WITHOUT = [
     ),
 ]
 
+
+AT_THE_END, WHEN_ASKED = 30, 5  # seconds that a run waits for its dashboard at the most
 
 pytestmark = pytest.mark.slow
 At = Callable[[str], dict[str, str | None]]
@@ -116,7 +117,7 @@ def killed_then_resumed(starter: Starter, world: Path, output: Path, env: Any) -
 
 def dashboards_end() -> None:
     """Those that outlive their run."""
-    eventually(lambda: not processes("dashboard_process.py"), FINISH_SECONDS + 10)
+    eventually(lambda: not processes("dashboard_process.py"), AT_THE_END + 30)
 
 
 def processes(name: str) -> list[int]:
@@ -165,7 +166,7 @@ def test_a_run_that_is_to_end_while_wandb_starts_does_so_at_once(
         run.signal(signal.SIGTERM)
         since = time.monotonic()
         assert run.wait(60) == [128 + signal.SIGTERM]
-        assert time.monotonic() - since < LEAVE_SECONDS + 12
+        assert time.monotonic() - since < WHEN_ASKED + 20
 
 
 def test_a_server_that_refuses_or_never_answers_costs_a_bounded_wait_at_the_end(
@@ -182,11 +183,11 @@ def test_a_server_that_refuses_or_never_answers_costs_a_bounded_wait_at_the_end(
             run.until(lambda output=output: len(steps(output)) == 6)
         since = time.monotonic()
         for output, run in runs.items():
-            assert run.wait(FINISH_SECONDS + 30) == [0], run.output
+            assert run.wait(AT_THE_END + 60) == [0], run.output
             assert steps(output) == [1, 2, 3, 4, 5, 6]
             assert (output / "adapter").is_dir()
             assert run.output.count("warning: wandb") == 1
-        assert time.monotonic() - since < FINISH_SECONDS + 10
+        assert time.monotonic() - since < AT_THE_END + 30
     dashboards_end()
 
 
@@ -216,7 +217,7 @@ def test_a_server_that_dies_costs_a_bounded_wait_and_what_it_missed_is_kept(
         run.signal(signal.SIGSTOP)
         eventually(lambda: wandb.rows)
     run.signal(signal.SIGCONT)
-    assert run.wait(FINISH_SECONDS + 60) == [0], run.output
+    assert run.wait(AT_THE_END + 60) == [0], run.output
     assert steps(output) == [1, 2, 3, 4, 5, 6]
     assert run.output.count("warning: wandb has not taken everything") == 1
     assert len(sendable(run.output)) == 1

@@ -93,6 +93,7 @@ def test_a_run_that_does_not_end_fails_with_what_it_said(starter: Starter, scrip
     assert run.alive() == []
 
 
+@pytest.mark.slow
 def test_all_ends_where_the_tests_are_killed(script: Path) -> None:
     """As it does where pytest is: what forks runs notices, and so do the runs."""
     program = f"""
