@@ -2,6 +2,8 @@
 
 import itertools
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from data.order import Order
 from data.records import Record
 from data.store import TensorStore
 from data.wording import Wording
-from train.config import DiffusionConfig, UserError
+from train.config import ROOT, DiffusionConfig, UserError
 
 SIZES = np.array([(64, 64)] * 4 + [(32, 64)] * 2 + [(64, 32)])  # 7 images, 3 aspects
 CAPTIONS = ["", *(f"caption {n}" for n in range(7))]
@@ -308,3 +310,29 @@ def test_a_batch_is_cut_into_micro_batches(data):
     parts = cut(batch, 2)
     assert [len(part["ids"]) for part in parts] == [2, 1]
     assert torch.equal(torch.cat([part["noise"] for part in parts]), batch["noise"])
+
+
+KEPT = """
+import torch
+from data import loader
+
+class Steps:
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, step):
+        return {"weight": torch.ones(1)}
+
+loader._Steps, loader.cut = (lambda *_: Steps()), (lambda batch, _: [batch])
+batches = loader.loader(None, start=0, stop=9, micro_batch_size=1, workers=2)
+next(batches)
+raise ValueError("an error that keeps them alive")
+"""
+
+
+def test_workers_never_outlive_a_run_that_fails():
+    """They ignore the signal by which Python ends them at its own end."""
+    ended = subprocess.run(
+        [sys.executable, "-c", KEPT], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 1 and ended.stderr.endswith("keeps them alive\n")
