@@ -8,12 +8,11 @@ trains on exactly the same numbers.
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -331,19 +330,18 @@ def loader(
         collate_fn=_unchanged,
         generator=torch.Generator(),
     )
-    others = multiprocessing.active_children()
     with stopping.deferred():
         made = iter(steps)
-    mine = [child for child in multiprocessing.active_children() if child not in others]
-    # They end with `made`. Where something keeps that alive to the end of the process, Python asks
-    # them to end with a signal that they ignore, and waits for ever.
-    atexit.register(_kill, mine)
+    atexit.register(_end_workers, weakref.ref(made))
     for batch in made:
         if isinstance(batch, UserError):
             raise batch
         yield cut(batch, micro_batch_size)
 
 
-def _kill(workers: list[BaseProcess]) -> None:
-    for worker in workers:
-        worker.kill()
+def _end_workers(of: weakref.ref[Any]) -> None:
+    """They end with their iterator. Where something keeps that alive to the end of the process,
+    Python would ask them to end by a signal that they ignore, and wait for ever."""
+    end = getattr(of(), "_shutdown_workers", None)
+    if end is not None:
+        end()

@@ -27,7 +27,7 @@ class Meter:
         steps: int,
         start: int,
         every: int,
-        before: Mapping[str, float] | None = None,
+        before: Mapping[str, Any] | None = None,
     ) -> None:
         """before: what `state` gave at step `start`."""
         self._accelerator, self._trackers = accelerator, trackers
@@ -50,30 +50,37 @@ class Meter:
         self._count = self._images = 0
         self._loss = torch.zeros((), device=self._accelerator.device)
 
-    def state(self) -> dict[str, float]:
-        """Of the line that is not full yet, over all processes, which meet here."""
-        loss, images = self._summed()
+    def state(self) -> dict[str, Any]:
+        """Of the line that is not full yet, the losses by process. The processes meet here."""
+        losses, images = self._accelerator.gather(self._mine()[None]).T.tolist()
         return {
-            "loss": loss,
-            "images": images,
+            "losses": losses,
+            "images": sum(images),
             "steps": self._count,
             "seconds": self._seconds(),
             "waited": self._waited,
         }
 
-    def _go_on(self, before: Mapping[str, float]) -> None:
+    def _go_on(self, before: Mapping[str, Any]) -> None:
         self._count = int(before["steps"])
         self._since -= before["seconds"]
         self._waited = before["waited"]
-        if self._accelerator.is_main_process:  # the sums are of all processes
-            self._loss += before["loss"]
-            self._images = int(before["images"])
+        losses, main = before["losses"], self._accelerator.is_main_process
+        if len(losses) == self._accelerator.num_processes:
+            # Each goes on from its own: floats that are added up in another order differ.
+            self._loss += losses[self._accelerator.process_index]
+        elif main:
+            self._loss += sum(losses)
+        self._images = int(before["images"]) if main else 0
 
     def _summed(self) -> tuple[float, float]:
         """Losses and images of all processes."""
-        mine = torch.stack([self._loss, torch.full_like(self._loss, self._images)])
-        loss, images = self._accelerator.reduce(mine, reduction="sum").tolist()
+        loss, images = self._accelerator.reduce(self._mine(), reduction="sum").tolist()
         return loss, images
+
+    def _mine(self) -> Tensor:
+        """(2,) losses and images of this process."""
+        return torch.stack([self._loss, torch.full_like(self._loss, self._images)])
 
     def _seconds(self) -> float:
         """Of training."""

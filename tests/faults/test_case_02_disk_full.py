@@ -27,7 +27,7 @@ WITHOUT = [
         "files are written aside, under another name",
         "train/checkpoint.py",
         'temporary = self.folder / f"{_WRITING}{named(step)}"',
-        "temporary = self.path(step)",
+        "temporary, self._place = self.path(step), lambda *_: sync(self.folder)",
     ),
 ]
 

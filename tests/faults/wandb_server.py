@@ -87,7 +87,7 @@ class WandbServer(ThreadingHTTPServer):
                 "config": "{}",
                 "tags": [],
                 "notes": None,
-                "wandbConfig": "{}",
+                "wandbConfig": '{"t": 1}',
             },
         }
 
