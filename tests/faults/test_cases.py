@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 
+from tests.faults.document import rows
 from tests.faults.removals import CASES, ROOT, files_of, misfits, removals_of
 
 
@@ -19,12 +20,7 @@ def test_a_case_has_one_file_that_names_what_holds_it(case: int) -> None:
     assert [why for removal in removals if (why := misfits(removal))] == []
 
 
-def test_the_document_names_every_case_and_its_file() -> None:
-    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
-    rows = {case: [x for x in text.splitlines() if x.startswith(f"| {case} |")] for case in CASES}
-    assert [
-        file.name
-        for case in CASES
-        for file in files_of(case)
-        if not any(file.name in row for row in rows[case])
-    ] == []
+def test_the_document_has_what_the_tests_say() -> None:
+    """`python -m tests.faults.document` prints the rows as they are now."""
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8").splitlines()
+    assert [row for row in rows() if row not in text] == []

@@ -40,6 +40,9 @@ class WandbServer(ThreadingHTTPServer):
         self._sockets.append(request)
         super().process_request(request, client_address)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that is cut off, or cuts off, is no error here."""
+
     def die(self) -> None:
         """From now on its port is refused, and what was connected is cut off."""
         self.shutdown()
