@@ -107,8 +107,11 @@ def test_the_packages_know_no_scripts(name):
 
 BELOW_THE_LOOP = (
     "averaging",
+    "background",
     "checkpoint",
+    "checkpoint_files",
     "course",
+    "dashboards",
     "examination",
     "guards",
     "meter",
@@ -121,6 +124,7 @@ BELOW_THE_LOOP = (
     "sharding",
     "stopping",
     "tracking",
+    "training_state",
     "validation",
     "zero",
 )

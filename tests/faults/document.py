@@ -1,6 +1,6 @@
 """The table of docs/reliability.md, from what the test files say of their cases.
 
-    python -m tests.faults.document
+python -m tests.faults.document
 """
 
 from __future__ import annotations
