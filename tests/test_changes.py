@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
+from tests.test_rundir import config
 from train import changes, rundir
-from train.config import DreamBoothRun, FullRun, LoraRun, UserError, validate
+from train.config import DreamBoothRun, FullRun, LoraRun, UserError
 from train.families import BaseModel, Family
 
 BASE = BaseModel("base", "diffusers folder", Family(2, 4), "v_prediction")
@@ -12,17 +13,6 @@ SOURCE = {"name": "pictures", "path": "pictures", "pictures": 9, "sha256": "s"}
 DATASET = {"sha256": "b", "sources": [SOURCE]}
 HASHES = {"unet": "a", "vae": "v"}
 AGREED = {"checkpoint": {"accept_changes": True}}
-
-
-def config(output, schema=LoraRun, **changes):
-    values = {"output": str(output), "data": {"path": "pictures"}, "train": {"steps": 7}}
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        if name:
-            values.setdefault(section, {})[name] = value
-        else:
-            values[section] = value
-    return validate(schema, values, where="the test")
 
 
 def trained(wanted, *, processes=1):

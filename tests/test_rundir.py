@@ -9,7 +9,7 @@ from train import rundir
 from train.config import LoraRun, UserError, load, validate
 
 
-def config(output, **changes):
+def config(output, schema=LoraRun, **changes):
     values = {"output": str(output), "data": {"path": "pictures"}, "train": {"steps": 7}}
     for key, value in changes.items():
         section, _, name = key.partition("__")
@@ -17,7 +17,7 @@ def config(output, **changes):
             values.setdefault(section, {})[name] = value
         else:
             values[section] = value
-    return validate(LoraRun, values, where="the test")
+    return validate(schema, values, where="the test")
 
 
 def trained(folder, wanted):

@@ -121,14 +121,19 @@ def test_bases_that_are_pickles_are_refused(starter, world, canary, tmp_path):
     renamed = copied(world, tmp_path / "renamed")
     (renamed / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(content)
     expected[renamed] = "cannot be read as safetensors"
+    refused_bases(starter, world, expected, tmp_path)
+    assert not canary.exists()
+
+
+def refused_bases(starter, world, expected, folder):
+    """Runs on each of the bases, which must be refused with the words that are expected."""
     runs = [
-        arguments(world, tmp_path / f"run-{number}", f"model.path={path}")
+        arguments(world, folder / f"run-{number}", f"model.path={path}")
         for number, path in enumerate(expected)
     ]
     outputs = all_refused(starter, "train/lora.py", runs)
     for words, said in zip(expected.values(), outputs, strict=True):
         assert words in said
-    assert not canary.exists()
 
 
 def edit(file, **values):
@@ -151,13 +156,7 @@ def test_parts_of_a_base_s_own_code_are_refused(starter, world, canary, tmp_path
     (base / "pipeline.py").write_text(CODE.format(str(canary)))
     edit(base / "model_index.json", _class_name=["pipeline", "Evil"])
     expected[base] = f"model.path={base} is a ['pipeline', 'Evil']"
-    runs = [
-        arguments(world, tmp_path / f"run-{number}", f"model.path={path}")
-        for number, path in enumerate(expected)
-    ]
-    outputs = all_refused(starter, "train/lora.py", runs)
-    for words, said in zip(expected.values(), outputs, strict=True):
-        assert words in said
+    refused_bases(starter, world, expected, tmp_path)
     assert not canary.exists()
 
 
