@@ -330,13 +330,16 @@ def loader(
         collate_fn=_unchanged,
         generator=torch.Generator(),
     )
-    with stopping.deferred():
+    with stopping.forking():
         made = iter(steps)
     atexit.register(_end_workers, weakref.ref(made))
-    for batch in made:
-        if isinstance(batch, UserError):
-            raise batch
-        yield cut(batch, micro_batch_size)
+    try:
+        for batch in made:
+            if isinstance(batch, UserError):
+                raise batch
+            yield cut(batch, micro_batch_size)
+    finally:
+        del made  # which ends them, also where an error would keep this frame
 
 
 def _end_workers(of: weakref.ref[Any]) -> None:

@@ -3,22 +3,24 @@
 import json
 import os
 import signal
-import time
 from types import SimpleNamespace
 
 import pytest
 
 from train import stopping
 from train.config import RunFailed
-from train.stopping import Agreement, Interrupted, checking, deferred, jointly, listening
+from train.stopping import Agreement, Interrupted, checking, forking, jointly, listening
 
 ALONE = SimpleNamespace(num_processes=1)
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """As they were: a run that was asked to end leaves its process deaf."""
+    """None ignored, as a background job would have it; and afterwards as they were, for a run that
+    was asked to end leaves its process deaf."""
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    for number in stopping.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -91,13 +93,15 @@ def test_only_the_first_process_tells(tmp_path, monkeypatch, capfd):
     assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
 
 
-def test_what_deferred_holds_back_is_heard_at_its_end(tmp_path):
-    with listening(tmp_path):
-        with deferred():
-            ask()
-            time.sleep(0.01)
-            assert stopping.asked() == 0
-        assert stopping.asked() == signal.SIGTERM
+def test_what_is_forked_within_begins_deaf():
+    def deaf():
+        return signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(stopping.SIGNALS)
+
+    before = deaf()
+    with pytest.raises(KeyError), forking():
+        assert deaf() == set(stopping.SIGNALS)
+        raise KeyError
+    assert deaf() == before
 
 
 def test_work_stops_where_it_tells_of_its_progress(tmp_path):

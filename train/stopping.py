@@ -233,9 +233,9 @@ def jointly(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Signals that come within it are heard at its end; a process that is forked within it hears
-    none before it has said that it will `ignore` them."""
+def forking() -> Iterator[None]:
+    """A process that is forked within it hears no signals before it says that it will `ignore`
+    them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

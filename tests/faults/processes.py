@@ -170,6 +170,8 @@ class Starter:
         self.kill_all()
         if self._zygote is not None:
             assert self._zygote.stdin and self._zygote.stdout
+            # Closing alone would not do where this process has forked since, and its child lives.
+            self._zygote.stdin.write(b"end\n")
             self._zygote.stdin.close()
             self._zygote.wait(timeout=30)
             self._zygote.stdout.close()

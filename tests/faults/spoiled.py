@@ -13,6 +13,7 @@ import json
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -75,10 +76,11 @@ def result(call: int) -> None:
 
 
 def group(call: int) -> None:
-    """SIGTERM in a step to the whole group of processes, the loader's among them."""
+    """SIGTERM in a step to the whole group of processes, the loader's among them, from outside."""
     from train import loop
 
-    _strike(loop, "accumulate", call, lambda _: os.killpg(0, signal.SIGTERM))
+    command = ["kill", "-s", "TERM", "--", f"-{os.getpgid(0)}"]
+    _strike(loop, "accumulate", call, lambda _: _run(command))
 
 
 def leaving(call: int) -> None:
@@ -140,6 +142,10 @@ def _spoil_one_weight() -> Callable[[Any], None]:
         weight.data.view(-1)[0] = float("nan")
 
     return then
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, start_new_session=True)
 
 
 def _strike(

@@ -72,13 +72,13 @@ WITHOUT = [
         "the loader's processes ignore them",
         "data/loader.py",
         "    stopping.ignore(parent)",
-        "    pass",
+        "    import signal\n\n    signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)",
         "whole_group",
     ),
     Removal(
         "from the very first",
         "data/loader.py",
-        "    with stopping.deferred():\n        made",
+        "    with stopping.forking():\n        made",
         "    if True:\n        made",
         "just_begins",
     ),
@@ -258,7 +258,8 @@ def test_who_waits_for_the_caching_of_another_stops_it(starter, world, tmp_path,
     ]
     command = ["train/lora.py", *arguments(world, output, *SPARSE, *own)]
     run = starter.start(*spoiled("slow", rank=other), *command, processes=2, faults=faults)
-    run.until(lambda: recorded(waits) and recorded(cached))
+    # It has waited once before, for the other to join.
+    run.until(lambda: len(recorded(waits)) == 2 and recorded(cached))
     run.signal(signal.SIGTERM, rank)
     ended_by("SIGTERM", run, output, step=None)
     assert 1 <= len(recorded(cached)) <= 2  # of four or five pictures

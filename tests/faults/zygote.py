@@ -78,6 +78,9 @@ def serve(requests: int, replies: int) -> dict[str, Any] | None:
             return None
         *lines, waiting = (waiting + data).split(b"\n")
         for line in lines:
+            if line == b"end":
+                kill_all(leaders)
+                return None
             pid = os.fork()
             if pid == 0:
                 os.close(requests)
