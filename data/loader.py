@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -332,7 +333,7 @@ def loader(
     )
     with stopping.forking():
         made = iter(steps)
-    atexit.register(_end_workers, weakref.ref(made))
+    atexit.register(_end_workers, weakref.ref(made), getattr(made, "_workers", ()))
     try:
         for batch in made:
             if isinstance(batch, UserError):
@@ -342,9 +343,13 @@ def loader(
         del made  # which ends them, also where an error would keep this frame
 
 
-def _end_workers(of: weakref.ref[Any]) -> None:
-    """They end with their iterator. Where something keeps that alive to the end of the process,
-    Python would ask them to end by a signal that they ignore, and wait for ever."""
+def _end_workers(of: weakref.ref[Any], workers: Sequence[BaseProcess]) -> None:
+    """They end with their iterator. Where something keeps that alive to the end of the process, or
+    it did not reach them, Python would ask them to end by a signal that they ignore, and wait for
+    ever."""
     end = getattr(of(), "_shutdown_workers", None)
     if end is not None:
         end()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
