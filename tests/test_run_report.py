@@ -101,11 +101,11 @@ def test_a_healthy_run_has_no_warning_and_no_link_to_a_missing_evaluation(run):
 
 def test_trouble_comes_first(run):
     bad = {"data_wait_fraction": 0.5, "grad_norm": 3.0}
-    log(run, [line(10), line(20, **bad), line(30, **bad), line(40, loss=math.nan, **bad)])
+    log(run, [line(10), line(20, **bad), line(30, **bad), line(40, loss=None, left_out=7, **bad)])
     page = Page(run)
     classes = page.attributes("p", "class")
     assert classes[:4] == ["warning"] * 3 + ["verdict"]
-    assert "not finite at 1 of 4 logged lines, first at step 40" in page.text
+    assert "gradient was not finite: 7, the first by step 40" in page.text
     assert "38 % of the time went into waiting for data" in page.text
     assert "above train.clip_norm=1 at 75 %" in page.text
     assert "final loss not finite" in page.text

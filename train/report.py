@@ -93,7 +93,7 @@ def warnings(run: Run) -> list[str]:
     """What is wrong with the run, as sentences with a remedy."""
     found = [_unexamined(run), _too_few(run)]
     if run.lines:
-        found = [_diverged(run), _overfitted(run), _starved(run), _clipped(run), *found]
+        found = [_left_out(run), _overfitted(run), _starved(run), _clipped(run), *found]
     return [sentence for sentence in found if sentence]
 
 
@@ -144,14 +144,18 @@ def _seen(run: Run) -> str:
     return f" on about {images:,} images ({epochs:.3g} passes over {pictures:,} pictures)"
 
 
-def _diverged(run: Run) -> str:
-    broken = [s for s, v in zip(run.steps, run.column("loss"), strict=True) if not math.isfinite(v)]
-    if not broken:
+def _left_out(run: Run) -> str:
+    counted = [
+        (step, count)
+        for step, count in zip(run.steps, run.column("left_out"), strict=True)
+        if count > 0
+    ]
+    if not counted:
         return ""
     return (
-        f"The loss is not finite at {len(broken):,} of {len(run.lines):,} logged lines, first at "
-        f"step {broken[0]:,.0f}: training diverged. Lower optim.learning_rate, or use bf16 or no "
-        "mixed precision where it is fp16."
+        f"Steps left out, as their loss or gradient was not finite: {counted[-1][1]:,.0f}, the "
+        f"first by step {counted[0][0]:,.0f}. What the run printed names their samples: look at "
+        "those; or lower optim.learning_rate, or use bf16 or no mixed precision where it is fp16."
     )
 
 
