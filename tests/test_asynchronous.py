@@ -82,7 +82,6 @@ def fails_in_the_background(checkpoints, monkeypatch):
 
 
 ASKED = {
-    "save": lambda checkpoints, state: checkpoints.save(8, *state),
     "wait": lambda checkpoints, _: checkpoints.wait(),
     "close": lambda checkpoints, _: checkpoints.close(),
     "mark_best": lambda checkpoints, _: checkpoints.mark_best(6),
@@ -101,6 +100,14 @@ def test_a_write_that_failed_is_raised_once_by_whatever_comes_next(written, monk
     checkpoints.save(8, *state)
     checkpoints.close()
     assert checkpoints.steps() == [4, 8]
+
+
+def test_a_disk_that_was_full_for_a_while_costs_one_checkpoint(written, monkeypatch, capsys):
+    checkpoints, _, _ = written
+    state = fails_in_the_background(checkpoints, monkeypatch)
+    checkpoints.save(8, *state)
+    assert checkpoints.steps() == [4, 8]  # at once: the run would not go on without
+    assert "warning: the checkpoint of step 6 could not be written" in capsys.readouterr().out
 
 
 def test_what_ends_a_run_is_not_hidden_by_a_write_that_failed(written, monkeypatch, capsys):

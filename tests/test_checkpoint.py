@@ -71,6 +71,23 @@ def test_nothing_there_is_step_0_and_changes_nothing(tmp_path):
     same(model.state_dict(), before)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(written, value):
+    checkpoints, model, optimizer = written
+    model.last.bias.data.fill_(value)
+    said = "diverged before step 6: last.bias is not finite; the checkpoint of step 4 is intact"
+    with pytest.raises(RunFailed, match=said):
+        checkpoints.save(6, model, optimizer)
+    assert checkpoints.steps() == [2, 4]
+
+
+def test_weights_may_be_large(written):
+    checkpoints, model, optimizer = written
+    model.last.weight.data.fill_(3e38)
+    checkpoints.save(6, model, optimizer)
+    assert checkpoints.steps() == [4, 6]
+
+
 def flip(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1

@@ -46,9 +46,14 @@ def test_a_run_is_finished_once_its_result_and_last_checkpoint_are_there(tmp_pat
     rundir.create(wanted, {})
     (tmp_path / "adapter").mkdir()
     assert not rundir.check(wanted, result="adapter")
-    (tmp_path / "checkpoints/step-00000007").mkdir(parents=True)
+    last = tmp_path / "checkpoints/step-00000007"
+    last.mkdir(parents=True)
+    os.utime(tmp_path / "adapter")
     assert rundir.check(wanted, result="adapter")
     assert not rundir.check(wanted, result="full")
+    # Given more steps, a run that had ended ends once more, also where it is killed before that.
+    os.utime(last, ns=(0, last.stat().st_mtime_ns + 10**9))
+    assert not rundir.check(wanted, result="adapter")
 
 
 def test_a_file_in_the_way_is_named(tmp_path):

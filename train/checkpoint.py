@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import shutil
 import sys
@@ -100,15 +99,14 @@ class Checkpoints:
 
         averages: what `Averages.state` gives; facts: what JSON can hold. Raises RunFailed, and
         leaves the older checkpoints, where a parameter is not finite or the disk does not take it;
-        an asynchronous one raises that at the next `save` or `wait`.
+        an asynchronous one raises that at the next `wait`, or `save` if that fails too.
         """
         parameters = dict(model.named_parameters())
         if not self.writes:
             if is_sharded(model):
                 gather_for_another(parameters, optimizer, averages or {})
             return
-        self.wait()  # at most one state is held besides that in training
-        own = self.asynchronous
+        own = self.asynchronous and self._wrote_the_last()
         state = trainable_state(parameters, copy=own)
         self._refuse_non_finite(step, state)
         tensors, scalars = optimizer_state(parameters, optimizer, copy=own)
@@ -116,10 +114,20 @@ class Checkpoints:
         if averages:
             files["averages"] = {name: on_cpu(value, copy=own) for name, value in averages.items()}
         facts = copy.deepcopy({"optimizer": scalars, **facts})
-        if self.asynchronous:
+        if own:
             self._background.start(partial(self._put, step, files, facts))
         else:
             self._put(step, files, facts)
+
+    def _wrote_the_last(self) -> bool:
+        """Waits for it: at most one state is held besides that in training. Where it could not be
+        written, by a disk that was full for a while, this one may be."""
+        try:
+            self.wait()
+        except RunFailed as error:
+            print(f"warning: {error}", flush=True)
+            return False
+        return True
 
     def wait(self) -> None:
         """Until whatever was saved is on the disk. Raises RunFailed where it could not be."""
@@ -210,13 +218,16 @@ class Checkpoints:
                     path.unlink()
 
     def _refuse_non_finite(self, step: int, state: dict[str, Tensor]) -> None:
-        if nn.utils.get_total_norm(state.values(), math.inf).isfinite():
+        # Of finite numbers the norm is finite too, as a rule, and is found far quicker.
+        if nn.utils.get_total_norm(state.values()).isfinite():
             return
-        broken = next(name for name, tensor in state.items() if not tensor.isfinite().all())
-        raise RunFailed(
-            f"training diverged before step {step}: {broken} is not finite; {self._newest()}. "
-            "Lower optim.learning_rate, or use train.mixed_precision=bf16 or no, in a new output="
-        )
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise RunFailed(
+                    f"training diverged before step {step}: {name} is not finite; "
+                    f"{self._newest()}. Lower optim.learning_rate, or use "
+                    "train.mixed_precision=bf16 or no, in a new output="
+                )
 
     def _not_written(self, what: str, error: OSError) -> RunFailed:
         too_large = error.errno == EFBIG

@@ -112,8 +112,9 @@ def _pieces(tensors: Iterable[Tensor]) -> Iterator[bytearray | memoryview]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    plain = tensor.contiguous().view(_NOT_NUMPYS.get(tensor.dtype, tensor.dtype))
-    return plain.numpy().reshape(-1).view(np.uint8).data
+    other = _NOT_NUMPYS.get(tensor.dtype)
+    array = tensor.numpy() if other is None else tensor.view(other).numpy()
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def write_synced(path: Path, text: str) -> None:

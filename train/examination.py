@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from train.config import EvaluationConfig, RunFailed, UserError
 from train.course import Better, Course, named, read_steps, write_step
-from train.stopping import Interrupted
+from train.stopping import Interrupted, tell_others
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -227,6 +227,7 @@ def together(work: Callable[[], T]) -> T:
         result = work()
     except Interrupted as interrupted:
         asked = interrupted.number
+        tell_others(asked)
     except UserError as error:
         mistake = str(error)
     except NotExamined as error:

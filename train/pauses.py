@@ -59,7 +59,7 @@ class Pause:
         """The step of the last checkpoint."""
         output = config.output
         where: dict[str, Any] = {"start": start, "kept": checkpoints.steps()}
-        self.previews = Previews(output / "previews", config.preview, accelerator)
+        self.previews = Previews(output / "previews", config.preview, accelerator, start=start)
         self.validation = Validation(
             held_out, config.validation, output / "validation", accelerator, **where
         )

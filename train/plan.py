@@ -175,10 +175,13 @@ def _dataset(found: Pictures) -> dict[str, Any]:
 
 def _check_space(config: RunConfig, base: BaseModel, found: Pictures, trainable_bytes: int) -> None:
     """A run that is resumed has cached what it needs, and has some of its checkpoints."""
-    kept = rundir.checkpoint_bytes(config.output)
+    kept, cached = rundir.checkpoint_bytes(config.output), 0
     if not kept:
         inpainting = base.family.inpainting
         cached = pictures.cache_bytes(found, config=config.data, inpainting=inpainting)
+        # Perhaps of other pictures, but better too little asked for than a run refused.
+        there = sum(map(rundir.size, (config.data.cache / "shards").glob("*")))
+        cached = max(cached - there, 0)
         rundir.check_space(config.data.cache, cached, what="cached latents and captions")
     # Parameters, Adam's two moments and the average; the result.
     one = max(kept, default=trainable_bytes * (3 + (config.train.ema_decay is not None)))
@@ -186,6 +189,8 @@ def _check_space(config: RunConfig, base: BaseModel, found: Pictures, trainable_
     chosen = config.validation.score is not None or validation_data.settings(config) is not None
     count = max(config.checkpoint.keep + 1 + chosen - len(kept), 1)
     needed = count * one + trainable_bytes + _SLACK_BYTES
+    if rundir.are_on_one_disk(config.data.cache, config.output):
+        needed += cached
     rundir.check_space(config.output, needed, what="checkpoints")
 
 

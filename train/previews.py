@@ -21,6 +21,7 @@ from data.images import open_image
 from data.maps import open_depth, open_mask
 from train import stopping
 from train.config import PreviewConfig
+from train.course import forget
 from train.families import Family, family_of
 from train.guards import is_out_of_memory
 from train.method import Method
@@ -29,9 +30,14 @@ from train.method import Method
 class Previews:
     """Renders on the main process. Picture k depends on its prompt and `seed + k` alone."""
 
-    def __init__(self, folder: Path, config: PreviewConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self, folder: Path, config: PreviewConfig, accelerator: Accelerator, *, start: int
+    ) -> None:
+        """start: the step that a run is resumed at. What was shown of later ones is forgotten."""
         self._folder, self._config, self._accelerator = folder, config, accelerator
         self._active = bool(config.every and config.prompts)
+        if accelerator.is_main_process and start:
+            forget(folder, start)
 
     def base(self, method: Method) -> None:
         """The untrained model's pictures, and none else: at step 0 nothing binds a run to what was

@@ -39,9 +39,9 @@ def check(config: RunConfig, *, result: str) -> bool:
     output = config.output
     if output.exists() and not output.is_dir():
         raise UserError(f"output={output} is a file; give a directory")
-    if (output / result).is_dir() and newest(output) == config.train.steps:
+    if _is_finished(output, result, config.train.steps):
         return True
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    parent = _there(output)
     try:
         # Of what may be written the mode does not tell all: file systems are mounted read-only.
         with tempfile.TemporaryFile(dir=parent):
@@ -52,6 +52,15 @@ def check(config: RunConfig, *, result: str) -> bool:
             "another output="
         ) from None
     return False
+
+
+def _is_finished(output: Path, result: str, steps: int) -> bool:
+    """Whether the result is there, and is that of the last checkpoint: a run that was given more
+    steps has had one before."""
+    folder, last = output / result, output / "checkpoints" / f"step-{steps:08d}"
+    if not (folder.is_dir() and newest(output) == steps and last.is_dir()):
+        return False
+    return folder.stat().st_mtime_ns >= last.stat().st_mtime_ns
 
 
 def newest(output: Path) -> int | None:
@@ -69,10 +78,11 @@ def has_checkpoints(output: Path) -> bool:
 def checkpoint_bytes(output: Path) -> list[int]:
     """The size of each checkpoint that is there."""
     folders = (output / "checkpoints").glob("step-*")
-    return [sum(map(_size, folder.rglob("*"))) for folder in folders]
+    return [sum(map(size, folder.rglob("*"))) for folder in folders]
 
 
-def _size(file: Path) -> int:
+def size(file: Path) -> int:
+    """Bytes; 0 for what is no file, or is gone."""
     try:
         return file.stat().st_size if file.is_file() else 0
     except OSError:  # pruned by the run that a dry run looks at
@@ -81,13 +91,22 @@ def _size(file: Path) -> int:
 
 def check_space(folder: Path, needed: int, *, what: str) -> None:
     """Raises UserError if `folder`'s disk has fewer than `needed` bytes free."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(_there(folder)).free
     if free < needed:
         raise UserError(
             f"not enough space in {folder} for {what}: {_amount(needed)} needed, {_amount(free)} "
             "free. Free some, or choose another output= or data.cache="
         )
+
+
+def are_on_one_disk(*folders: Path) -> bool:
+    """Also folders that are still to be made."""
+    return len({_there(folder).stat().st_dev for folder in folders}) == 1
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or what is there of the path to it."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _amount(size: int) -> str:

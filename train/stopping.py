@@ -8,6 +8,7 @@ process was asked to end, all end, with the same exit code: before training by `
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -54,8 +55,10 @@ _GONE = (
 
 FILE = "interrupted.json"
 
-_asked: tuple[int, float] | None = None
-"""The first signal and when it came."""
+_asked: int | None = None
+"""The first signal."""
+_came: dict[int, float] = {}
+"""When each came first."""
 _looked = 0.0
 """When this process last looked whether another was asked."""
 
@@ -89,6 +92,7 @@ def listening(output: Path) -> Iterator[None]:
     """
     global _asked
     _asked = None
+    _came.clear()
     before = {number: signal.getsignal(number) for number in SIGNALS}
     heard = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
     after: Any = before
@@ -104,6 +108,13 @@ def listening(output: Path) -> Iterator[None]:
         raise
     except RunFailed:
         raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RunFailed(
+            f"{error}: free space there, or raise the limit of file sizes (ulimit -f), then give "
+            "the same command again"
+        ) from None
     except RuntimeError as error:
         gone = next((text for text in _GONE if text in str(error)), None)
         if gone is None:
@@ -143,17 +154,21 @@ def _tell(output: Path, interrupted: Interrupted) -> None:
     kept = "nothing was trained since it began"
     if interrupted.step:
         kept = f"the checkpoint of step {interrupted.step} is saved"
-    print(f"{interrupted}: {kept}; the same command goes on from there", flush=True)
+    try:
+        print(f"{interrupted}: {kept}; the same command goes on from there", flush=True)
+    except OSError:  # the terminal is closed, or who read this was asked to end too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _note(number: int, _frame: Any) -> None:
     global _asked
     now = time.monotonic()
+    first = _came.setdefault(number, now)
     if _asked is None:
-        _asked = number, now
+        _asked = number
         again = "; once more ends it without" if number == signal.SIGINT else ""
         _say(f"\n{signal.Signals(number).name}: saving a checkpoint and ending{again}\n")
-    elif number == signal.SIGINT and now - _asked[1] > _SECOND_SECONDS:
+    elif number == signal.SIGINT and now - first > _SECOND_SECONDS:
         _say("\nSIGINT again: ending without saving\n")
         os._exit(128 + number)
 
@@ -167,7 +182,7 @@ def _say(text: str) -> None:
 
 def asked() -> int:
     """The number of the signal that asked this process to end; 0 where none did."""
-    return _asked[0] if _asked else 0
+    return _asked or 0
 
 
 def check() -> None:
@@ -186,6 +201,11 @@ def _asked_elsewhere() -> int:
     _looked = now
     store = _store()
     return int(store.get(_ASKED)) if store is not None and store.check([_ASKED]) else 0
+
+
+def tell_others(number: int) -> None:
+    """That this process was asked to end: they find it when they `check`."""
+    _post(_ASKED, number)
 
 
 def _post(key: str, number: int) -> None:

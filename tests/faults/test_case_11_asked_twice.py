@@ -25,7 +25,7 @@ WITHOUT = [
     Removal(
         "only a second SIGINT ends a run at once",
         "train/stopping.py",
-        "    elif number == signal.SIGINT and now - _asked[1] > _SECOND_SECONDS:",
+        "    elif number == signal.SIGINT and now - first > _SECOND_SECONDS:",
         "    else:",
         "first_one",
     ),

@@ -50,11 +50,20 @@ def looking(world, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def whole(starter, world, tmp_path_factory):
+    """The run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    own = looking(world, folder)
+    starter.finish("train/lora.py", *arguments(world, folder / "run", *own), processes=2)
+    return folder / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("rank", [1, 0])
-def test_the_others_end_and_nothing_is_lost(starter, world, tmp_path, place, rank):
-    whole, output = tmp_path / "whole", tmp_path / "run"
+def test_the_others_end_and_nothing_is_lost(starter, world, tmp_path, whole, place, rank):
+    output = tmp_path / "run"
     own = looking(world, tmp_path)
     command = ["train/lora.py", *arguments(world, output, *own)]
     at, call = PLACES[place]
@@ -66,7 +75,6 @@ def test_the_others_end_and_nothing_is_lost(starter, world, tmp_path, place, ran
     assert run.output.count("another process of this run has gone") == 1
     assert "Traceback" not in run.output
     finished(starter, command, output, processes=2)
-    starter.finish("train/lora.py", *arguments(world, whole, *own), processes=2)
     same_end(output, whole)
 
 
