@@ -116,7 +116,7 @@ def listening(output: Path) -> Iterator[None]:
             "the same command again"
         ) from None
     except RuntimeError as error:
-        gone = next((text for text in _GONE if text in str(error)), None)
+        gone = next((text for text in _GONE if text.lower() in str(error).lower()), None)
         if gone is None:
             raise
         raise RunFailed(
