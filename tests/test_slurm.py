@@ -16,8 +16,8 @@ TEMPLATES = sorted(path.name for path in (ROOT / "scripts/slurm").glob("*.sbatch
 # In the place of Python: notes what it is told, tells what it was told to, ends as told.
 TRAINS = """#!/usr/bin/env bash
 here="$(dirname "$0")"
-printf '%s|' "$RANK" "$LOCAL_RANK" "$WORLD_SIZE" "$MASTER_ADDR" "$MASTER_PORT" "$@" >>"$here/told"
-echo >>"$here/told"
+told="$(printf '%s|' "$RANK" "$LOCAL_RANK" "$WORLD_SIZE" "$MASTER_ADDR" "$MASTER_PORT" "$@")"
+echo "$told" >>"$here/told" # in one piece: another task may be at it
 if [ -f "$here/waits" ]; then
     trap 'echo "$RANK" >>"$here/heard"; exit 143' TERM
     while :; do sleep 0.05; done
