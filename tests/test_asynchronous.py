@@ -21,13 +21,13 @@ def written(tmp_path):
 @pytest.fixture
 def held(tmp_path, monkeypatch):
     """Checkpoints whose writer waits, until the event, before its first file."""
-    go, write = threading.Event(), checkpoint.write_tensors
+    go, write = threading.Event(), checkpoint.write_pieces
 
     def slow(path, tensors):
         assert go.wait(60)
         return write(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    monkeypatch.setattr(checkpoint, "write_pieces", slow)
     return Checkpoints(tmp_path / "checkpoints", keep=2, asynchronous=True), go
 
 
@@ -39,6 +39,7 @@ def test_training_goes_on_while_its_state_is_written_as_it_was(held):
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     mean = {k: v.clone() for k, v in averages.state().items()}
     moments, scalars = optimizer_state(named(model), optimizer)
+    moments = {k: v.clone() for k, v in moments.items()}
     checkpoints.save(2, model, optimizer, averages.state())
     train(model, optimizer, 3, start=2)
     averages.update(3)
@@ -75,7 +76,7 @@ def fails_in_the_background(checkpoints, monkeypatch):
         def full(path, tensors):
             raise OSError(28, "No space left on device")
 
-        patch.setattr(checkpoint, "write_tensors", full)
+        patch.setattr(checkpoint, "write_pieces", full)
         checkpoints.save(6, model, optimizer_of(model))
         checkpoints._background._thread.join()
     return model, optimizer_of(model)

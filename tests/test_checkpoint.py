@@ -171,7 +171,7 @@ def test_a_disk_that_is_full_ends_the_run_with_a_remedy(written, monkeypatch, nu
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_tensors", full)
+        patch.setattr(checkpoint, "write_pieces", full)
         said = f"step 6 could not be written.*{number}.*step 4 is intact.*{REMEDIES[number]}"
         with pytest.raises(RunFailed, match=said):
             checkpoints.save(6, model, optimizer)

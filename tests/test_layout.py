@@ -119,6 +119,7 @@ BELOW_THE_LOOP = (
     "optim",
     "overfitting",
     "packages",
+    "packed",
     "pauses",
     "previews",
     "sharding",

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from errno import EFBIG
 from functools import partial
@@ -36,16 +37,16 @@ from train.checkpoint_files import (
     read_tensors,
     sync,
     verify,
+    write_pieces,
     write_synced,
-    write_tensors,
 )
 from train.config import RunFailed
+from train.packed import Packed, Scattered
 from train.sharding import is_sharded
 from train.training_state import (
     gather_for_another,
     load_optimizer,
     load_trainable,
-    on_cpu,
     optimizer_state,
     trainable_state,
 )
@@ -53,6 +54,10 @@ from train.training_state import (
 _WRITING, _REPLACED, _REMOVED = ".writing-", ".replaced-", ".removed-"
 _BEST = "best.json"
 _PATIENCE = 1800  # seconds that a run which ends waits for its last checkpoint
+
+
+Files = Mapping[str, Packed | Scattered]
+"""What the files of a checkpoint hold, by their names without `.safetensors`."""
 
 
 class Checkpoints:
@@ -71,6 +76,9 @@ class Checkpoints:
         self._best: int | None = None
         self._verified: set[int] = set()
         self._background = Background("writing a checkpoint")
+        self._memory: dict[str, Packed] = {}
+        self._model: nn.Module | None = None
+        self._parameters: dict[str, nn.Parameter] = {}
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
@@ -101,23 +109,41 @@ class Checkpoints:
         leaves the older checkpoints, where a parameter is not finite or the disk does not take it;
         an asynchronous one raises that at the next `wait`, or `save` if that fails too.
         """
-        parameters = dict(model.named_parameters())
+        parameters = self._parameters_of(model)
         if not self.writes:
             if is_sharded(model):
                 gather_for_another(parameters, optimizer, averages or {})
             return
-        own = self.asynchronous and self._wrote_the_last()
-        state = trainable_state(parameters, copy=own)
-        self._refuse_non_finite(step, state)
-        tensors, scalars = optimizer_state(parameters, optimizer, copy=own)
-        files = {"model": state, "optimizer": tensors}
+        tensors, scalars = optimizer_state(parameters, optimizer)
+        state = {"model": trainable_state(parameters), "optimizer": tensors}
         if averages:
-            files["averages"] = {name: on_cpu(value, copy=own) for name, value in averages.items()}
-        facts = copy.deepcopy({"optimizer": scalars, **facts})
-        if own:
-            self._background.start(partial(self._put, step, files, facts))
+            state["averages"] = averages
+        facts = {"optimizer": scalars, **facts}
+        aside = self.asynchronous and self._wrote_the_last()
+        hold = self._packed if aside else self._scattered
+        files = {name: hold(name, tensors) for name, tensors in state.items()}
+        self._refuse_non_finite(step, files["model"].tensors)
+        if aside:
+            self._background.start(partial(self._put, step, files, copy.deepcopy(facts)))
         else:
             self._put(step, files, facts)
+
+    def _parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """By name, as they were when this model was first saved."""
+        if self._model is not model:
+            self._model, self._parameters = model, dict(model.named_parameters())
+        return self._parameters
+
+    def _scattered(self, _: str, tensors: dict[str, Tensor]) -> Scattered:
+        return Scattered(tensors)
+
+    def _packed(self, file: str, tensors: dict[str, Tensor]) -> Packed:
+        """Copies, in memory that is kept from one checkpoint to the next."""
+        packed = self._memory.get(file)
+        if packed is None or not packed.fits(tensors):
+            packed = self._memory[file] = Packed(tensors)
+        packed.fill(tensors)
+        return packed
 
     def _wrote_the_last(self) -> bool:
         """Waits for it: at most one state is held besides that in training. Where it could not be
@@ -144,7 +170,7 @@ class Checkpoints:
                 raise
             print(f"warning: {error}", flush=True)
 
-    def _put(self, step: int, files: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+    def _put(self, step: int, files: Files, facts: dict[str, Any]) -> None:
         try:
             self._write(step, files, facts)
         except OSError as error:
@@ -154,7 +180,7 @@ class Checkpoints:
         self._verified.add(step)
         self._prune(step)
 
-    def _write(self, step: int, files: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+    def _write(self, step: int, files: Files, facts: dict[str, Any]) -> None:
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             sync(self.folder.parent)
@@ -162,9 +188,9 @@ class Checkpoints:
         temporary = self.folder / f"{_WRITING}{named(step)}"
         temporary.mkdir()
         listed = {}
-        for name, tensors in files.items():
+        for name, content in files.items():
             file = f"{name}.safetensors"
-            listed[file] = write_tensors(temporary / file, tensors)
+            listed[file] = write_pieces(temporary / file, content.pieces())
         manifest = {"format": FORMAT, "step": step, "files": listed, **facts}
         write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1))
         sync(temporary)

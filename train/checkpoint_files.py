@@ -1,10 +1,5 @@
 """The files of a checkpoint: hashed while they are written, on the disk before they are named, and
-checked before they are used.
-
-Tensors lie in safetensors' format: the header's length (8 bytes, little-endian), a header of JSON,
-and the tensors one after the other (https://github.com/huggingface/safetensors#format). The same
-state gives the same bytes.
-"""
+checked before they are used."""
 
 from __future__ import annotations
 
@@ -12,15 +7,12 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -31,30 +23,9 @@ from train.config import RunFailed
 FORMAT = 1
 MANIFEST = "manifest.json"
 _NEEDED = ("model.safetensors", "optimizer.safetensors")
-_CHUNK = 4 * 2**20  # bytes that are written, and meanwhile hashed, at a time
+CHUNK = 4 * 2**20  # bytes that are written, and meanwhile hashed, at a time
 _AHEAD = 8  # pieces at most that are written but not hashed yet
 _MANIFEST_BYTES = 64 * 2**20  # at most: a few numbers for each parameter
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-# Of the same width, where numpy has no such numbers.
-_NOT_NUMPYS = {
-    torch.bfloat16: torch.int16,
-    torch.float8_e4m3fn: torch.uint8,
-    torch.float8_e5m2: torch.uint8,
-}
 
 
 class DamagedCheckpoint(RunFailed):
@@ -64,57 +35,26 @@ class DamagedCheckpoint(RunFailed):
 # Writing
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Writes tensors that are on the CPU, through to the disk; returns the file's size and hash as
-    the manifest has them. Raises OSError."""
-    # The widest first, as safetensors itself does: readers may want each where its width divides.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+Bytes = bytes | bytearray | memoryview
+
+
+def write_pieces(path: Path, pieces: Iterable[Bytes]) -> dict[str, Any]:
+    """Writes a file through to the disk; returns its size and hash as the manifest has them. Raises
+    OSError."""
     digest = hashlib.sha256()
     hashing: deque[Future[None]] = deque()
     with path.open("wb", buffering=0) as file:
         with ThreadPoolExecutor(1) as beside:
-            for piece in chain([_header(ordered)], _pieces(tensor for _, tensor in ordered)):
+            for piece in pieces:
                 if len(hashing) == _AHEAD:
                     hashing.popleft().result()
-                hashing.append(beside.submit(digest.update, piece))
+                if len(piece) < CHUNK and not hashing:
+                    digest.update(piece)  # too little for a thread
+                else:
+                    hashing.append(beside.submit(digest.update, piece))
                 append(file, piece)
             to_disk(file)
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
-
-
-def _header(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
-    entries, end = {}, 0
-    for name, tensor in tensors:
-        start, end = end, end + tensor.nbytes
-        entries[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _pieces(tensors: Iterable[Tensor]) -> Iterator[bytearray | memoryview]:
-    """Their bytes, one tensor after the other: small ones together, large ones in parts."""
-    together = bytearray()
-    for tensor in tensors:
-        data = _bytes_of(tensor)
-        if len(data) < _CHUNK:
-            together += data
-        if len(data) >= _CHUNK or len(together) >= _CHUNK:
-            yield together
-            together = bytearray()
-        if len(data) >= _CHUNK:
-            yield from (data[at : at + _CHUNK] for at in range(0, len(data), _CHUNK))
-    yield together
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    other = _NOT_NUMPYS.get(tensor.dtype)
-    array = tensor.numpy() if other is None else tensor.view(other).numpy()
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -124,7 +64,7 @@ def write_synced(path: Path, text: str) -> None:
         to_disk(file)
 
 
-def append(file: FileIO, data: bytes | bytearray | memoryview) -> None:
+def append(file: FileIO, data: Bytes) -> None:
     """Writes all of `data`, or raises OSError."""
     rest = memoryview(data)
     while rest:

@@ -26,33 +26,23 @@ _CONFIGURED = (
 Parameters = Mapping[str, nn.Parameter]
 
 
-def trainable_state(parameters: Parameters, *, copy: bool = True) -> dict[str, Tensor]:
-    """Those that train, on the CPU. Without `copy` those that are there already are the model's
-    own."""
-    return {name: on_cpu(p, copy=copy) for name, p in _trainable(parameters).items()}
+def trainable_state(parameters: Parameters) -> dict[str, Tensor]:
+    """The values of those that train: the model's own, where they are."""
+    return {name: p.detach() for name, p in _trainable(parameters).items()}
 
 
 def _trainable(parameters: Parameters) -> dict[str, nn.Parameter]:
     return {name: p for name, p in parameters.items() if p.requires_grad}
 
 
-def on_cpu(tensor: Tensor, *, copy: bool) -> Tensor:
-    """All of a tensor, contiguous."""
-    everything = whole(tensor.detach())
-    return everything.to("cpu", copy=copy, memory_format=torch.contiguous_format)
-
-
 def gather_for_another(
     parameters: Parameters, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]
 ) -> None:
     """This process's share in what another saves: tensor by tensor as it reads them."""
-    for parameter in _trainable(parameters).values():
-        whole(parameter.detach())
-    for _, _, value in _optimizer_entries(parameters, optimizer):
-        if isinstance(value, Tensor):
-            whole(value)
-    for tensor in averages.values():
-        whole(tensor)
+    tensors, _ = optimizer_state(parameters, optimizer)
+    for state in (trainable_state(parameters), tensors, averages):
+        for tensor in state.values():
+            whole(tensor)
 
 
 @torch.no_grad()
@@ -76,15 +66,15 @@ def load_trainable(parameters: Parameters, state: dict[str, Tensor]) -> None:
 
 
 def optimizer_state(
-    parameters: Parameters, optimizer: torch.optim.Optimizer, *, copy: bool = True
+    parameters: Parameters, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Optimizer state by parameter name: tensors as `name/key`, on the CPU, scalars and group
-    settings as JSON. Without `copy` tensors that are on the CPU are the optimizer's own."""
+    """Optimizer state by parameter name: tensors as `name/key`, the optimizer's own, scalars and
+    group settings as JSON."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for name, key, value in _optimizer_entries(parameters, optimizer):
         if isinstance(value, Tensor):
-            tensors[f"{name}/{key}"] = on_cpu(value, copy=copy)
+            tensors[f"{name}/{key}"] = value
         else:
             scalars[f"{name}/{key}"] = value
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
@@ -95,7 +85,7 @@ def _optimizer_entries(
     parameters: Parameters, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, str, Any]]:
     """Name of the parameter, key and value of all its state, in the same order everywhere."""
-    for name, parameter in parameters.items():
+    for name, parameter in _trainable(parameters).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             yield name, key, value
 

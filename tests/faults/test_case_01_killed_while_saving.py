@@ -68,7 +68,7 @@ FILES, CHECKPOINTS = "train.checkpoint_files", "train.checkpoint:Checkpoints"
 SET_ASIDE = f"{CHECKPOINTS}._set_aside"
 # Where a run is killed while it saves its first checkpoint, and what that leaves.
 BEFORE_THE_NAME = {
-    "before the first file": (Fault(at=f"{FILES}:write_tensors", do="kill"), ".writing"),
+    "before the first file": (Fault(at=f"{FILES}:write_pieces", do="kill"), ".writing"),
     "in the first file": (Fault(at=f"{FILES}:append", call=2, do="kill"), ".writing"),
     "before its fsync": (Fault(at=f"{FILES}:to_disk", do="kill"), ".writing"),
     "in the second file": (Fault(at=f"{FILES}:append", call=4, do="kill"), ".writing"),

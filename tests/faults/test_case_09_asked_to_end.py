@@ -329,7 +329,7 @@ def test_a_launcher_that_ends_before_its_process_listens_takes_it_along(starter,
 @pytest.mark.slow
 def test_where_the_save_fails_no_process_waits_for_it(starter, world, tmp_path):
     command = ["train/lora.py", *arguments(world, tmp_path / "run", *SPARSE)]
-    full = Fault(at="train.checkpoint_files:write_tensors", do="raise:OSError:28")
+    full = Fault(at="train.checkpoint_files:write_pieces", do="raise:OSError:28")
     run = starter.start(*command, processes=2, faults=[by_itself("SIGTERM", STEP, 2), full])
     assert run.wait(60) == [1, 1]
     nothing_lives(run)

@@ -76,7 +76,7 @@ WITHOUT = [
     Removal(
         "weights are looked at before they are saved",
         "train/checkpoint.py",
-        "        self._refuse_non_finite(step, state)\n",
+        '        self._refuse_non_finite(step, files["model"].tensors)\n',
         "",
         "never_saved",
     ),
