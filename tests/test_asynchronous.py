@@ -78,7 +78,7 @@ def fails_in_the_background(checkpoints, monkeypatch):
 
         patch.setattr(checkpoint, "write_pieces", full)
         checkpoints.save(6, model, optimizer_of(model))
-        checkpoints._background._thread.join()
+        checkpoints._background._begun.done.wait()
     return model, optimizer_of(model)
 
 

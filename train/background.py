@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from threading import Thread
+from queue import SimpleQueue
+from threading import Event, Thread
 
 from train.config import RunFailed
 
@@ -16,28 +18,49 @@ class Background:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._thread: Thread | None = None
-        self._error: BaseException | None = None
+        self._begun: _Work | None = None
+        self._queue: SimpleQueue[_Work | None] | None = None
 
     def start(self, work: Callable[[], None]) -> None:
         """Begins `work`, once what was begun before is done. Raises what that raised."""
         self.wait()
-        self._thread = Thread(target=self._run, args=(work,), name=self._name, daemon=True)
-        self._thread.start()
-
-    def _run(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            self._error = error
+        if self._queue is None:
+            # One thread for all: a new one holds up who starts it.
+            self._queue = SimpleQueue()
+            Thread(target=_serve, args=(self._queue,), name=self._name, daemon=True).start()
+            weakref.finalize(self, self._queue.put, None)
+        self._begun = _Work(work)
+        self._queue.put(self._begun)
 
     def wait(self, seconds: float | None = None) -> None:
         """Until all is done; raises what the work raised, and RunFailed if `seconds` do not
         suffice."""
-        if self._thread is not None:
-            self._thread.join(seconds)
-            if self._thread.is_alive():
-                raise RunFailed(f"{self._name} is not done after {seconds} seconds")
-        error, self._thread, self._error = self._error, None, None
-        if error is not None:
-            raise error
+        begun = self._begun
+        if begun is None:
+            return
+        if not begun.done.wait(seconds):
+            raise RunFailed(f"{self._name} is not done after {seconds} seconds")
+        self._begun = None
+        if begun.error is not None:
+            raise begun.error
+
+
+class _Work:
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self.done = Event()
+        self.error: BaseException | None = None
+
+    def do(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+
+def _serve(queue: SimpleQueue[_Work | None]) -> None:
+    while (work := queue.get()) is not None:
+        work.do()
+        del work  # what it holds may be large

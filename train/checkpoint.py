@@ -122,16 +122,17 @@ class Checkpoints:
         aside = self.asynchronous and self._wrote_the_last()
         hold = self._packed if aside else self._scattered
         files = {name: hold(name, tensors) for name, tensors in state.items()}
-        self._refuse_non_finite(step, files["model"].tensors)
+        self._refuse_non_finite(step, files["model"])
         if aside:
             self._background.start(partial(self._put, step, files, copy.deepcopy(facts)))
         else:
             self._put(step, files, facts)
 
     def _parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """By name, as they were when this model was first saved."""
+        """Those that train, by name, as they were when this model was first saved."""
         if self._model is not model:
-            self._model, self._parameters = model, dict(model.named_parameters())
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            self._model, self._parameters = model, trained
         return self._parameters
 
     def _scattered(self, _: str, tensors: dict[str, Tensor]) -> Scattered:
@@ -243,17 +244,14 @@ class Checkpoints:
                 else:
                     path.unlink()
 
-    def _refuse_non_finite(self, step: int, state: dict[str, Tensor]) -> None:
-        # Of finite numbers the norm is finite too, as a rule, and is found far quicker.
-        if nn.utils.get_total_norm(state.values()).isfinite():
+    def _refuse_non_finite(self, step: int, state: Packed | Scattered) -> None:
+        if state.is_finite():
             return
-        for name, tensor in state.items():
-            if not tensor.isfinite().all():
-                raise RunFailed(
-                    f"training diverged before step {step}: {name} is not finite; "
-                    f"{self._newest()}. Lower optim.learning_rate, or use "
-                    "train.mixed_precision=bf16 or no, in a new output="
-                )
+        name = next(name for name, value in state.tensors.items() if not value.isfinite().all())
+        raise RunFailed(
+            f"training diverged before step {step}: {name} is not finite; {self._newest()}. Lower "
+            "optim.learning_rate, or use train.mixed_precision=bf16 or no, in a new output="
+        )
 
     def _not_written(self, what: str, error: OSError) -> RunFailed:
         too_large = error.errno == EFBIG

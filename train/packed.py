@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -59,6 +60,12 @@ class Packed:
             for (name, tensor), part in zip(ordered, parts, strict=True)
         }
         self.tensors = {name: views[name] for name in tensors}
+        widths = groupby(ordered, key=lambda item: item[1].dtype)
+        numbers = [(dtype, sum(_size(tensor) for _, tensor in group)) for dtype, group in widths]
+        stretches = memory[self._head :].split([size for _, size in numbers])
+        self._stretches = [
+            stretch.view(dtype) for (dtype, _), stretch in zip(numbers, stretches, strict=True)
+        ]
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         return self._form == _form(tensors)
@@ -73,6 +80,9 @@ class Packed:
                 place.copy_(whole(value))
         elif values:
             torch._foreach_copy_(places, values)
+
+    def is_finite(self) -> bool:
+        return _are_finite(self._stretches)
 
     def pieces(self) -> Iterator[Bytes]:
         """The file's bytes, in parts to be written and hashed."""
@@ -93,11 +103,23 @@ class Scattered:
             for name, tensor in tensors.items()
         }
 
+    def is_finite(self) -> bool:
+        return _are_finite(self.tensors.values())
+
     def pieces(self) -> Iterator[Bytes]:
         """As those of `Packed`."""
         ordered = _in_order(self.tensors)
         yield _header(ordered)
         yield from _pieces(tensor for _, tensor in ordered)
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    # Of finite numbers the norm is finite too, as a rule, and is found far quicker.
+    return all(
+        bool(torch.linalg.vector_norm(tensor).isfinite() or tensor.isfinite().all())
+        for tensor in tensors
+        if tensor.is_floating_point()
+    )
 
 
 def _form(tensors: Mapping[str, Tensor]) -> list[tuple[str, torch.dtype, torch.Size]]:

@@ -20,7 +20,7 @@ WITHOUT = [
     Removal(
         "a failure beside training is kept until it is asked for",
         "train/background.py",
-        "            self._error = error",
+        "            self.error = error",
         "            pass",
     ),
     Removal(

@@ -76,7 +76,7 @@ WITHOUT = [
     Removal(
         "weights are looked at before they are saved",
         "train/checkpoint.py",
-        '        self._refuse_non_finite(step, files["model"].tensors)\n',
+        '        self._refuse_non_finite(step, files["model"])\n',
         "",
         "never_saved",
     ),
