@@ -8,6 +8,7 @@ import torch
 
 from train import checkpoint_files
 from train.checkpoint_files import (
+    FORMAT,
     DamagedCheckpoint,
     read_manifest,
     read_tensors,
@@ -46,14 +47,25 @@ def folder(tmp_path):
     files = {
         name: write_pieces(path / name, Scattered({"x": torch.ones(3)}).pieces()) for name in names
     }
-    manifest = {"format": 1, "step": 3, "files": files, "optimizer": {"state": {}, "groups": []}}
+    manifest = {
+        "format": FORMAT,
+        "step": 3,
+        "files": files,
+        "optimizer": {"state": {}, "groups": []},
+    }
     write_synced(path / "manifest.json", json.dumps(manifest))
     assert verify(path) == manifest
     return path
 
 
 MODEL = "model.safetensors"
-SHA = "0" * 64
+
+
+def listing(manifest, **about):
+    """With the model's file said to be another."""
+    return manifest | {"files": manifest["files"] | {MODEL: manifest["files"][MODEL] | about}}
+
+
 BAD = {
     "a list": lambda m: [m],
     "a number": lambda m: 3,
@@ -61,12 +73,12 @@ BAD = {
     "another step": lambda m: m | {"step": 4},
     "a step of text": lambda m: m | {"step": "3"},
     "a step that is none": lambda m: m | {"step": True},
-    "another format": lambda m: m | {"format": 2},
+    "another format": lambda m: m | {"format": 1},
     "files in a list": lambda m: m | {"files": list(m["files"])},
     "a file outside": lambda m: m | {"files": m["files"] | {"../x.safetensors": m["files"][MODEL]}},
-    "a size of text": lambda m: m | {"files": m["files"] | {MODEL: {"bytes": "9", "sha256": SHA}}},
-    "a size below 0": lambda m: m | {"files": m["files"] | {MODEL: {"bytes": -1, "sha256": SHA}}},
-    "a short hash": lambda m: m | {"files": m["files"] | {MODEL: {"bytes": 9, "sha256": "0"}}},
+    "a size of text": lambda m: listing(m, bytes="9"),
+    "a size below 0": lambda m: listing(m, bytes=-1),
+    "a short hash": lambda m: listing(m, xxh3_128="0"),
     "no model": lambda m: m | {"files": {k: v for k, v in m["files"].items() if k != MODEL}},
     "groups in a mapping": lambda m: m | {"optimizer": {"state": {}, "groups": {}}},
     "state in a list": lambda m: m | {"optimizer": {"state": [], "groups": []}},
@@ -82,7 +94,7 @@ def test_a_manifest_of_another_form_is_damage_and_is_named(folder, kind):
         read_manifest(folder)
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, "{" * 100, '{"format": 1', "", "\ud800"])
+@pytest.mark.parametrize("content", ["[" * 100_000, "{" * 100, '{"format": 2', "", "\ud800"])
 def test_a_manifest_that_is_no_json_is_damage(folder, content):
     (folder / "manifest.json").write_text(content, errors="surrogatepass")
     with pytest.raises(DamagedCheckpoint, match="manifest"):

@@ -30,7 +30,7 @@ class Scale(NamedTuple):
     runs: int
 
 
-FULL = Scale(204, 5, 60, 5)
+FULL = Scale(204, 7, 40, 12)
 QUICK = Scale(20, 3, 8, 2)
 
 
