@@ -334,3 +334,13 @@ def _as_overrides(config):
         for key, value in data.items()
         if value is not None
     ]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+def test_a_signal_that_comes_when_all_is_done_changes_nothing(name):
+    script = (
+        "import atexit, os, signal\nfrom train.config import command\n"
+        f"atexit.register(lambda: os.kill(os.getpid(), signal.{name}))\ncommand(lambda _: None)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert ended.returncode == 0

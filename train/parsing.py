@@ -11,6 +11,7 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -112,6 +113,7 @@ def command(main: Callable[[list[str]], None]) -> None:
     _quiet_libraries()
     try:
         main(sys.argv[1:])
+        _hear_nothing_more()
     except BrokenPipeError:  # whoever was reading has read enough: `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -120,6 +122,12 @@ def command(main: Callable[[list[str]], None]) -> None:
         where = "" if rank == "0" else f" (process {rank})"
         print(f"error{where}: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+
+
+def _hear_nothing_more() -> None:
+    """All is done; a signal while Python closes down would make a failure of it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _quiet_libraries() -> None:
