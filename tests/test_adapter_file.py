@@ -148,8 +148,10 @@ def test_every_spelling_of_the_keys_is_understood(adapter, pipeline, tmp_path, s
 def test_the_text_encoder_s_layers_are_known(pipeline, tmp_path, prefix):
     name = f"{prefix}encoder.layers.1.self_attn.q_proj.lora_"
     check({f"{name}A.weight": torch.zeros(2, 32)}, pipeline, tmp_path)
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="adapter of Stable Diffusion 1 .*base is .*width 32"):
         check({f"{name}A.weight": torch.zeros(2, 768)}, pipeline, tmp_path)
+    with pytest.raises(UserError, match="does not fit"):
+        check({f"{name}B.weight": torch.zeros(768, 2)}, pipeline, tmp_path)
 
 
 CROSS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_pipeline
-from train import adapters, export
+from train import adapters, export, kohya
 from train.config import LoraConfig, ModelConfig, TextLoraConfig, UserError
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -172,7 +172,15 @@ def test_what_is_no_such_file_is_named(tmp_path, base):
     adapters.check(LoraConfig(start_from=str(tmp_path / "adapter" / FILE)), base)
 
 
-@pytest.mark.parametrize("extra", ["dora_scale", "lora_mid.weight"])
+def test_kohya_s_dora_is_taken_over_too(tmp_path, base):
+    before = exported(tmp_path / "adapter", settings(dora=True))
+    file = tmp_path / "kohya.safetensors"
+    kohya.write(tmp_path / "adapter" / FILE, file, metadata={}, dtype=torch.float32)
+    adapters.check(settings(dora=True, start_from=str(file)), base)
+    assert same(continued(settings(dora=True), file), before)
+
+
+@pytest.mark.parametrize("extra", ["hada_w1_a", "lokr_w1", "lora_mid.weight", "diff_b", "scalar"])
 def test_variants_that_are_not_understood_are_not_taken_for_a_plain_one(tmp_path, base, extra):
     exported(tmp_path / "adapter", LoraConfig())
     state = as_kohya(load_file(tmp_path / "adapter" / FILE), {"unet": 8.0}, torch.float32)

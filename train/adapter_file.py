@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from data.tokens import embedding_names
-from train import adapter_settings
+from train import adapter_settings, lora_file
 from train.config import DiffusionConfig, UserError
 from train.inspection import read_json
+from train.lora_file import refuse_variants, spelled, tells_text_width
 from train.safetensors_file import read_header, shown
 
 Shapes = dict[str, tuple[int, ...]]
@@ -32,12 +33,16 @@ _FACTOR = re.compile(
 
 _LORA = "pytorch_lora_weights.safetensors"
 _EMBEDDINGS = "learned_embeds*.safetensors"
-_KOHYA = "emb_params"  # what an embedding is called in a file whose own name is its word
+EMBEDDING = "emb_params"  # what an embedding is called in a file whose own name is its word
 # Of a scheduler's configuration, what an adapter was trained with, and diffusers' defaults.
 _TRAINED_WITH = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
 # There, what the base predicts that an adapter was trained on, which training may override. Of the
 # names with an underscore diffusers makes nothing.
 BASE_PREDICTION = "_base_prediction_type"
+
+
+# What the base of one of kohya's files predicts.
+_VERSIONS = {"sd_v2": "epsilon", "sd_v2_v": "v_prediction"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,9 @@ def _word(file: Path) -> tuple[str, tuple[int, ...]] | None:
     ((name, shape),) = tensors.items() if len(tensors) == 1 else [("", ())]
     if not name or len(shape) > 2 or not shape or name.endswith((".weight", ".bias", ".alpha")):
         return None
-    return (file.stem if name == _KOHYA else name), shape
+    if lora_file.is_kohya(tensors):
+        return None
+    return (file.stem if name == EMBEDDING else name), shape
 
 
 def check(adapters: Sequence[Adapter], base: Shapes, words: Collection[str] = ()) -> None:
@@ -142,8 +149,8 @@ def _check_embedding(file: Path, base: Shapes, words: set[str]) -> set[str]:
     width = next((s[1] for name, s in base.items() if name.endswith("token_embedding")), None)
     if shape[-1] != width:
         raise UserError(
-            f"{file} is an embedding of {_family(shape[-1], 'text')}, the base is "
-            f"{_family(width, 'text')}; use the base it was trained on"
+            f"{file} is an embedding of {_family(shape[-1])}, the base is "
+            f"{_family(width)}; use the base it was trained on"
         )
     if known := words & set(embedding_names(token, 2)):
         raise UserError(
@@ -160,12 +167,14 @@ def _check(file: Path, base: Shapes) -> None:
     layers = _layers(tensors)
     if tensors.keys() == {"clip_l", "clip_g"}:
         raise UserError(f"{file} is an embedding of Stable Diffusion XL, which the base is not")
+    if layers:
+        _check_family(file, layers, base)
+    refuse_variants(file, tensors)
     if not layers:
         raise UserError(
             f"{file} holds no LoRA (no lora_A/lora_B or lora_down/lora_up weights), and no "
             "embedding (one tensor, of rows)"
         )
-    _check_family(file, layers, base)
     for name, (inputs, outputs) in layers.items():
         shape = base.get(name)
         if shape is None or inputs not in (None, shape[1]) or outputs not in (None, shape[0]):
@@ -174,6 +183,8 @@ def _check(file: Path, base: Shapes) -> None:
                 f"{file} does not fit the base: it changes {shown(name)} ({inputs} -> {outputs}), "
                 f"the base {has}. Use the base it was trained on"
             )
+    if lora_file.is_kohya(tensors):
+        lora_file.layers(file)
 
 
 def header(file: Path) -> Shapes:
@@ -202,7 +213,7 @@ def pipeline_shapes(pipeline: Any) -> Shapes:
 
 def _changeable(named: Iterable[tuple[str, tuple[int, ...]]]) -> Shapes:
     return {
-        _flat(key.removesuffix(".weight")): shape
+        spelled(key.removesuffix(".weight")): shape
         for key, shape in named
         if key.endswith(".weight") and len(shape) > 1
     }
@@ -215,19 +226,11 @@ def _layers(tensors: Shapes) -> Layers:
         match = _FACTOR.fullmatch(key)
         if match is None or len(shape) < 2:
             continue
-        name = _flat(match["module"])
+        name = spelled(match["module"])
         inputs, outputs = layers.get(name, (None, None))
         down = match["side"] in ("A", "down")
         layers[name] = (shape[1], outputs) if down else (inputs, shape[0])
     return layers
-
-
-def _flat(module: str) -> str:
-    """One spelling for `unet.a.b` and kohya's `lora_unet_a_b`, with or without CLIP's
-    `text_model`."""
-    name = module.replace(".", "_").removeprefix("lora_")
-    name = re.sub(r"^te1?_", "text_encoder_", name)
-    return name.replace("text_encoder_text_model_", "text_encoder_")
 
 
 def _check_family(file: Path, layers: Layers, base: Shapes) -> None:
@@ -244,40 +247,66 @@ def _check_family(file: Path, layers: Layers, base: Shapes) -> None:
 
 
 def _text_width(layers: Iterable[tuple[str, int | None]]) -> int | None:
-    return next((size for name, size in layers if name.endswith("attn2_to_k") and size), None)
+    return next((size for name, size in layers if tells_text_width(name) and size), None)
 
 
-def _family(width: int | None, what: str = "cross-attention") -> str:
-    return f"{_FAMILIES.get(width or 0, 'another model')} ({what} width {width})"
+def _family(width: int | None) -> str:
+    return f"{_FAMILIES.get(width or 0, 'another model')} (text width {width})"
 
 
 def apply(pipeline: Any, adapters: Sequence[Adapter]) -> None:
     """Loads checked adapters, all active together, each at its scale; the pipeline samples as they
     were trained."""
     check_prediction(adapters, pipeline.scheduler.config.prediction_type)
-    for adapter in adapters:
-        for file in adapter.embeddings:
-            _load(file, pipeline.load_textual_inversion, token=(_word(file) or ("",))[0])
+    for words in (file for adapter in adapters for file in adapter.embeddings):
+        how = {"weight_name": words.name, "token": (_word(words) or ("",))[0]}
+        _load(words, pipeline.load_textual_inversion, str(words.parent), **how)
     loras = [adapter for adapter in adapters if adapter.file is not None]
     names = [f"adapter_{index}" for index in range(len(loras))]
-    for name, adapter in zip(names, loras, strict=True):
-        assert adapter.file is not None
-        _load(adapter.file, pipeline.load_lora_weights, adapter_name=name)
+    base = pipeline_shapes(pipeline)
+    for name, file in zip(names, [adapter.file for adapter in loras], strict=True):
+        assert file is not None
+        if lora_file.is_kohya(header(file)):
+            _load_kohya(pipeline, file, base, name)
+        else:
+            how = {"weight_name": file.name, "adapter_name": name}
+            _load(file, pipeline.load_lora_weights, str(file.parent), **how)
     if names:
         pipeline.set_adapters(names, [adapter.scale for adapter in loras])
     adopt_scheduler(pipeline, trained_with(adapters))
 
 
-def _load(file: Path, load: Any, **how: str) -> None:
+def _load_kohya(pipeline: Any, file: Path, base: Shapes, name: str) -> None:
+    """By way of diffusers' own format: its reading of kohya's leaves out DoRA's magnitudes, and
+    gives attention one strength where the alphas differ."""
+    from train import kohya
+
+    tensors, settings, _ = kohya.to_diffusers(file, base_shapes=base)
+    for part in ("unet", "text_encoder"):
+        if f"{part}.r" in settings:
+            _load(
+                file,
+                getattr(pipeline, f"load_lora_into_{part}"),
+                tensors,
+                network_alphas=None,
+                metadata=settings,
+                adapter_name=name,
+                low_cpu_mem_usage=True,
+                _pipeline=pipeline,
+                **{part: getattr(pipeline, part)},
+            )
+
+
+def _load(file: Path, load: Any, *what: Any, **how: Any) -> None:
     try:
-        load(str(file.parent), weight_name=file.name, **how)
+        load(*what, **how)
     except Exception as error:  # what fits by name and shape can still be odd in any way
         raise UserError(f"{file} could not be applied: {shown(str(error))}") from None
 
 
 def trained_with(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """What their own scheduler/scheduler_config.json say of how they were trained, where they have
-    one. Raises UserError where they disagree."""
+    """What their own scheduler/scheduler_config.json, or else their metadata, say of how they were
+    trained, where they say it. Raises UserError where they disagree."""
     found: dict[str, Any] = {}
     for folder, scheduler in _schedulers(adapters).items():
         for key, default in _TRAINED_WITH.items():
@@ -291,22 +320,42 @@ def trained_with(adapters: Sequence[Adapter]) -> dict[str, Any]:
 
 
 def _schedulers(adapters: Sequence[Adapter]) -> dict[Path, dict[str, Any]]:
-    """By folder, those of the adapters that have one beside them."""
-    folders = dict.fromkeys(file.parent for adapter in adapters for file in adapter.files)
-    files = {folder: folder / "scheduler" / "scheduler_config.json" for folder in folders}
-    return {folder: read_json(file, "") for folder, file in files.items() if file.is_file()}
+    """What is told beside an adapter, by its folder, or else within it, by the file."""
+    found: dict[Path, dict[str, Any]] = {}
+    for file in dict.fromkeys(file for adapter in adapters for file in adapter.files):
+        beside = file.parent / "scheduler" / "scheduler_config.json"
+        if beside.is_file():
+            found[file.parent] = read_json(beside, "")
+        elif within := adapter_settings.scheduler(read_header(file).metadata):
+            found[file] = within
+    return found
 
 
 def check_prediction(adapters: Sequence[Adapter], prediction_type: str) -> None:
     """Raises UserError for an adapter of a base that predicts something else than this one, as far
-    as its own scheduler/scheduler_config.json says."""
-    for folder, scheduler in _schedulers(adapters).items():
+    as its own scheduler/scheduler_config.json or our metadata says; prints a note where kohya's
+    does, which may be wrong."""
+    told = _schedulers(adapters)
+    for place, scheduler in told.items():
         base = scheduler.get(BASE_PREDICTION, prediction_type)
         if base != prediction_type:
             raise UserError(
-                f"adapters={folder} was trained on a base that predicts {base}, and this one "
+                f"adapters={place} was trained on a base that predicts {base}, and this one "
                 f"predicts {prediction_type}: use the base it was trained on"
             )
+    for file in (adapter.file for adapter in adapters if adapter.file is not None):
+        version = read_header(file).metadata.get("ss_base_model_version", "")
+        base = _VERSIONS.get(version, prediction_type)
+        if base != prediction_type and not {file, file.parent} & told.keys():
+            _note(
+                f"{file} says that its base predicts {base} ({version}); this one predicts "
+                f"{prediction_type}"
+            )
+
+
+def _note(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", flush=True)
 
 
 def adopt_scheduler(pipeline: Any, wanted: dict[str, Any]) -> None:
@@ -315,9 +364,9 @@ def adopt_scheduler(pipeline: Any, wanted: dict[str, Any]) -> None:
 
     config = pipeline.scheduler.config
     different = {k: v for k, v in wanted.items() if config.get(k, _TRAINED_WITH[k]) != v}
-    if different and os.environ.get("RANK", "0") == "0":
+    if different:
         said = ", ".join(f"{key}={value}" for key, value in different.items())
-        print(f"note: sampled with {said}, as was trained", flush=True)
+        _note(f"sampled with {said}, as was trained")
     settings = DiffusionConfig(
         prediction_type=different.get("prediction_type"),
         zero_terminal_snr=different.get("rescale_betas_zero_snr", False),

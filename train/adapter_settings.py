@@ -13,6 +13,7 @@ from train.config import UserError
 from train.safetensors_file import shown
 
 KEY = "lora_adapter_metadata"  # diffusers'
+OURS = "sd_atelier"  # this project's record of a run, as JSON
 _PARTS = ("unet", "text_encoder")
 # PEFT matches these as regular expressions; a name with its dots escaped or not is all it writes.
 _LAYER = re.compile(r"\^?[\w.]{1,300}(?:\\\.[\w.]{1,300}){0,20}\$?")
@@ -36,6 +37,16 @@ def read(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             "Export the adapter again, or remove them from the file's metadata"
         ) from None
     return settings
+
+
+def scheduler(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What this project's record says of how an adapter is to be sampled, and what its base
+    predicts, in the words of a scheduler_config.json; nothing of what is no such record."""
+    try:
+        told = json.loads(metadata.get(OURS, "{}"))["scheduler"]
+        return {key: told[key] for key, known in _SCHEDULER.items() if told.get(key) in known}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _is_plain(value: Any) -> bool:
@@ -71,6 +82,12 @@ def _one_of(*known: Any) -> Callable[[Any], bool]:
     return lambda value: value is None or value in known
 
 
+_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+_SCHEDULER: dict[str, tuple[Any, ...]] = {
+    "prediction_type": _PREDICTIONS,
+    "rescale_betas_zero_snr": (True, False),
+    "_base_prediction_type": _PREDICTIONS,
+}
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "r": _is_number,
     "lora_alpha": _is_number,

@@ -13,6 +13,7 @@ from train import adapters
 from train.adapter_file import BASE_PREDICTION
 from train.checkpoint import sync
 from train.config import UserError
+from train.safetensors_file import in_order
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -110,15 +111,7 @@ def save_scheduler(pipeline: Pipeline, directory: Path) -> None:
 
 
 def _sort_metadata(file: Path) -> None:
-    """safetensors writes the entries of a file's metadata in an order that differs from process to
-    process; a hash of the file should not."""
-    content = file.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the tensors stay aligned
-    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    file.write_bytes(in_order(file.read_bytes()))
 
 
 def save_pipeline(pipeline: Any, directory: Path) -> None:

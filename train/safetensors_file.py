@@ -1,4 +1,5 @@
-"""The header of a safetensors file from anywhere, read within bounds and checked to the last byte.
+"""The header of a safetensors file from anywhere, read within bounds and checked to the last byte;
+and files of our own.
 
 The format (github.com/huggingface/safetensors, README): 8 bytes with the header's length, the
 header as JSON, then the tensors' bytes. The library checks most of this too, but takes headers of
@@ -15,9 +16,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from data.files import write_atomically
 from train.config import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_HEADER_BYTES = 10 << 20  # a whole SDXL takes 0.4 MB; parsed, that is 0.4 GB at the very worst
 MAX_TENSORS = 50_000  # a whole SDXL with its LoRAs has a tenth of them
@@ -67,6 +72,38 @@ def read_header(file: Path) -> Header:
             f"{file} cannot be read as safetensors ({why}): download, copy or export it again"
         ) from None
     return Header(tensors, metadata)
+
+
+def write_safetensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes a file whose bytes are a function of tensors and metadata, whole or not at all."""
+    write_atomically(file, safetensors_content(tensors, metadata))
+
+
+def safetensors_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of such a file."""
+    from safetensors.torch import save
+
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return in_order(save(whole, dict(metadata)))
+
+
+def in_order(content: bytes) -> bytes:
+    """A file's content with its metadata sorted: safetensors writes them in an order that differs
+    from process to process, and a hash of the file should not."""
+    end = end_of_header(content)
+    header = json.loads(content[8:end])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def end_of_header(content: bytes) -> int:
+    """Where the tensors' bytes begin."""
+    return 8 + int.from_bytes(content[:8], "little")
 
 
 def read_bytes(file: Path, entry: Entry) -> bytes:
