@@ -1,0 +1,1 @@
+"""What scripts/export.py is made of."""
