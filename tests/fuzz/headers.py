@@ -16,13 +16,13 @@ from safetensors import safe_open
 from eval import reference_file
 from tests.fuzz.mutations import nested, odd, odd_texts, spoilt
 from tests.fuzz.watch import outcome
-from train import adapter_file, adapter_settings, start_from
+from train import adapter_file, adapter_settings, lora_file, start_from
 from train.adapter_file import Shapes
 from train.safetensors_file import read_header
 
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 BASE: Shapes = {
-    adapter_file._flat(LAYER): (8, 8),
+    lora_file.spelled(LAYER): (8, 8),
     "text_encoder_embeddings_token_embedding": (9, 8),
 }
 LENGTHS = [0, 1, 2, 7, 2**20, 10 << 20, 100_000_000, 2**31, 2**63 - 1, 2**63, 2**64 - 1]
