@@ -5,6 +5,7 @@
     python scripts/benchmark.py data parts='[decode, reading]'
     python scripts/benchmark.py metrics
     python scripts/benchmark.py checkpoint
+    python scripts/benchmark.py watermark
 
 What is compared is measured in one run, in turns. The tables are those in docs/benchmarks.md.
 """
@@ -21,6 +22,7 @@ from train.config import Section, UserError, command, load
 DataPart = Literal["decode", "planning", "reading", "memory", "edit"]
 MetricsPart = Literal["streaming", "frechet", "intervals", "pairs"]
 CheckpointPart = Literal["writing", "training"]
+WatermarkPart = Literal["drawn", "textured"]
 
 
 class DataBenchmark(Section):
@@ -60,6 +62,17 @@ class CheckpointBenchmark(Section):
     """Folder for some GiB of files made and removed; default: the system's own."""
 
 
+class WatermarkBenchmark(Section):
+    """What the invisible watermark survives (scripts/benchmark.py watermark)."""
+
+    output: Path | None = None
+    """JSON file for the figures; by default they are only printed."""
+    quick: bool = False
+    """A tenth or less of the work: figures to try it out, not to quote."""
+    parts: list[WatermarkPart] = ["drawn", "textured"]
+    """Which pictures."""
+
+
 def main(arguments: list[str]) -> None:
     task, *rest = arguments or [""]
     if task in {"--help", "-h"}:
@@ -70,8 +83,10 @@ def main(arguments: list[str]) -> None:
         metrics(load(MetricsBenchmark, rest))
     elif task == "checkpoint":
         checkpoint(load(CheckpointBenchmark, rest))
+    elif task == "watermark":
+        watermark(load(WatermarkBenchmark, rest))
     else:
-        remedy = "python scripts/benchmark.py data, metrics or checkpoint"
+        remedy = "python scripts/benchmark.py data, metrics, checkpoint or watermark"
         raise UserError(f"say what to measure, and not {task!r}: {remedy}")
 
 
@@ -99,10 +114,18 @@ def checkpoint(config: CheckpointBenchmark) -> None:
     report(results, checkpoint_benchmark.table(results), config)
 
 
+def watermark(config: WatermarkBenchmark) -> None:
+    from scripts.benchmarks import watermark_benchmark
+
+    scale = watermark_benchmark.QUICK if config.quick else watermark_benchmark.FULL
+    results = watermark_benchmark.measure(config.parts, scale)
+    report(results, watermark_benchmark.table(results), config)
+
+
 def report(
     results: dict[str, Any],
     table: str,
-    config: DataBenchmark | MetricsBenchmark | CheckpointBenchmark,
+    config: DataBenchmark | MetricsBenchmark | CheckpointBenchmark | WatermarkBenchmark,
 ) -> None:
     """Print the figures as JSON and as the table, and write the JSON to config.output."""
     from scripts.benchmarks import measuring

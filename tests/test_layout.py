@@ -226,6 +226,7 @@ for name in {light_entries()}:
     [
         "train/lora.py",
         *(f"scripts/{name}.py" for name in ("generate", "prepare", "caption", "depth")),
+        *(f"scripts/{name}.py" for name in ("export", "watermark")),
     ],
 )
 @pytest.mark.parametrize("arguments", ["['--help']", "['lora.rnk=3']"])
