@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from scripts import adapters as command
 from tests.tiny import tiny_pipeline
-from train import adapter_factors, adapter_math, adapters, export, kohya
+from tests.tiny_adapters import trained
+from train import adapter_factors, adapter_math, export, kohya
 from train.adapter_file import BASE_PREDICTION
 from train.config import ROOT, LoraConfig, TextLoraConfig, UserError
 
@@ -23,15 +24,7 @@ EVERYWHERE = LoraConfig(rank=4, alpha=6.0, targets=ALL, text_encoder=TEXT, block
 
 def adapter(folder, config: LoraConfig, seed: int) -> dict[str, torch.Tensor]:
     """Writes an adapter without zeros; returns what PEFT makes of it, by layer."""
-    pipeline = tiny_pipeline()
-    adapters.attach(pipeline, config, seed=seed)
-    torch.manual_seed(seed)
-    for part in adapters.named_parameters(pipeline).values():
-        for name, parameter in part:
-            if "magnitude" in name:
-                parameter.data *= 1 + 0.5 * torch.rand_like(parameter)
-            else:
-                torch.nn.init.normal_(parameter, std=0.2)
+    pipeline = trained(config, seed)
     export.save_lora(pipeline, folder)
     export.save_scheduler(pipeline, folder)
     return changes_of(pipeline)

@@ -8,26 +8,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.tiny import tiny_pipeline
-from train import adapters, export
+from tests.tiny_adapters import trained
+from train import export
 from train.config import LoraConfig, TextLoraConfig, UserError
 from train.previews import at_rest
 
 ALL = ["attention", "proj", "feed_forward", "convolution"]
 TEXT = TextLoraConfig(rank=3, alpha=5.0, targets=["attention", "feed_forward"])
-
-
-def trained(config: LoraConfig):
-    """A pipeline in training whose adapters have no zeros left in them."""
-    pipeline = tiny_pipeline()
-    adapters.attach(pipeline, config, seed=0)
-    torch.manual_seed(1)
-    for part in adapters.named_parameters(pipeline).values():
-        for name, parameter in part:
-            if "magnitude" in name:
-                parameter.data *= 1 + 0.5 * torch.rand_like(parameter)
-            else:
-                torch.nn.init.normal_(parameter, std=0.2)
-    return pipeline
 
 
 def picture(pipeline) -> np.ndarray:

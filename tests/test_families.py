@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.ldm import to_ldm
 from tests.runs import arguments, make_world
 from tests.tiny import FAMILIES, tiny_pipeline
+from tests.tiny_guides import tiny_estimator
 from train import export, full, lora, models
 from train.config import ModelConfig, UserError
 
@@ -205,28 +206,8 @@ def test_a_depth_estimator_of_the_hub_is_that_of_the_revision(world, tmp_path, m
 
 def with_estimator(world, folder, configured):
     """The depth base with a tiny depth estimator, as the real one has a large one."""
-    from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
-
     shutil.copytree(world / "sd2-depth", folder)
-    config = DPTConfig(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=32,
-        patch_size=16,
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        backbone_out_indices=[0, 1, 2, 3],
-        is_hybrid=False,
-    )
-    DPTForDepthEstimation(config).save_pretrained(folder / "depth_estimator")
-    size = {"height": 32, "width": 32}
-    DPTImageProcessorPil(size=size).save_pretrained(folder / "feature_extractor")
-    index = json.loads((folder / "model_index.json").read_text())
-    index["depth_estimator"] = ["transformers", "DPTForDepthEstimation"]
-    index["feature_extractor"] = ["transformers", configured]
-    (folder / "model_index.json").write_text(json.dumps(index))
+    tiny_estimator(folder, configured)
     return folder
 
 

@@ -33,8 +33,9 @@ def tiny_controlnet(seed: int = 0) -> ControlNetModel:
     return control
 
 
-def tiny_estimator(folder: Path) -> None:
-    """Gives a depth base's folder a depth estimator, as SD 2's has one."""
+def tiny_estimator(folder: Path, processor: str = "DPTImageProcessorPil") -> None:
+    """Gives a depth base's folder a depth estimator, as SD 2's has one; processor: what its
+    model_index.json calls the processor."""
     torch.manual_seed(0)
     config = DPTConfig(
         hidden_size=16,
@@ -42,19 +43,19 @@ def tiny_estimator(folder: Path) -> None:
         num_attention_heads=2,
         intermediate_size=16,
         image_size=32,
-        patch_size=8,
+        patch_size=16,
         backbone_out_indices=[0, 1, 2, 3],
         neck_hidden_sizes=[8, 8, 8, 8],
         fusion_hidden_size=8,
         is_hybrid=False,
     )
     DPTForDepthEstimation(config).save_pretrained(folder / "depth_estimator")
-    processor = DPTImageProcessorPil(size={"height": 32, "width": 32})
-    processor.save_pretrained(folder / "feature_extractor")
+    size = {"height": 32, "width": 32}
+    DPTImageProcessorPil(size=size).save_pretrained(folder / "feature_extractor")
     index = folder / "model_index.json"
     parts = {
         "depth_estimator": ["transformers", "DPTForDepthEstimation"],
-        "feature_extractor": ["transformers", "DPTImageProcessorPil"],
+        "feature_extractor": ["transformers", processor],
     }
     index.write_text(json.dumps(json.loads(index.read_text()) | parts))
 
