@@ -17,7 +17,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from eval.sampling import spelled_out
-from scripts.exporting import formats, hub, results
+from scripts.exporting import formats, hub, placing, results
 from train.config import ModelConfig, Section, UserError, command, load
 
 WITH_BASE = ("merged", "single_file")
@@ -40,7 +40,7 @@ class ExportConfig(Section):
     output: Path | None = None
     """A .safetensors file for `kohya` and `single_file`, else a folder; default: in RUN/export."""
     overwrite: bool = False
-    """Whether what is at `output` is replaced."""
+    """Whether an earlier export at `output` is replaced."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of the weights that are written."""
     scale: float = Field(1.0, allow_inf_nan=False)
@@ -71,20 +71,20 @@ def main(arguments: list[str]) -> None:
     if config.push_to_hub:
         hub.check(config.push_to_hub)
 
-    warnings = formats.export(
+    written = formats.export(
         result,
         config.format,
         output,
         precision=config.precision,
         scale=config.scale,
         card=config.card,
+        overwrite=config.overwrite,
     )
-    for warning in warnings:
+    for warning in written.warnings:
         print(f"warning: {warning}", flush=True)
     print(f"wrote {output}", flush=True)
     if config.push_to_hub:
-        files = formats.files_of(output)
-        print(f"pushed {hub.push(files, config.push_to_hub, private=config.private)}")
+        print(f"pushed {hub.push(written.files, config.push_to_hub, private=config.private)}")
 
 
 def result_of(config: ExportConfig) -> results.Result:
@@ -127,17 +127,21 @@ def output_of(config: ExportConfig, result: results.Result) -> Path:
     else:
         assert result.run is not None
         ending = {"kohya": ".safetensors", "single_file": "-model.safetensors"}
-        name = result.run.name + ending.get(config.format, f"-{config.format}")
+        name = result.run.resolve().name + ending.get(config.format, f"-{config.format}")
         output = result.run / "export" / name
     if is_file and output.suffix != ".safetensors":
         raise UserError(f"output={output}: format={config.format} is a file, NAME.safetensors")
     if not is_file and output.suffix == ".safetensors":
         raise UserError(f"output={output}: format={config.format} is a folder")
-    if output.exists() and not config.overwrite:
-        raise UserError(f"output={output} is there already: choose another, or overwrite=true")
-    if output.exists() and output.is_dir() == is_file:
-        raise UserError(f"output={output} is a {'folder' if is_file else 'file'}: choose another")
+    inside = (folder for folder in result.folders if _is_within(output, folder))
+    if folder := next(inside, None):
+        raise UserError(f"output={output} lies in {folder}, which is exported from: choose another")
+    placing.check(output, is_file=is_file, overwrite=config.overwrite)
     return output
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ class Hub:
         if path.endswith("/info/lfs/objects/batch"):
             return 200, {"transfer": "basic", "objects": self._places(json.loads(body))}
         repo = "/".join(repo.split("/")[:2])
+        if method == "GET":
+            return 200, {"id": repo, "private": self.private[repo], "siblings": []}
         if "/preupload/" in path:
             return 200, {"files": [self._mode(f) for f in json.loads(body)["files"]]}
         if "/commit/" in path:

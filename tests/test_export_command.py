@@ -1,7 +1,11 @@
 """scripts/export.py, from what a run leaves to what other programs read."""
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from scripts.exporting import formats
 from tests.hub_stand_in import TOKEN, running
 from tests.runs import arguments, drawn, make_world
 from train import lora
-from train.config import UserError
+from train.config import ROOT, UserError
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,9 @@ def pictures(folder, adapter=None):
     if adapter:
         pipeline.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
     return drawn(pipeline, "a large red circle", 3, "np")
+
+
+PICTURES = [f"owls-images/{number:02d}{which}.png" for number in (0, 1) for which in ("", "-base")]
 
 
 def exported(run, tmp_path, *arguments, name):
@@ -116,6 +123,39 @@ def test_new_words_become_an_embedding_of_web_uis(tmp_path):
     folder = tmp_path / "out"
     export.main([f"adapter={word}", f"output={folder}"])
     assert torch.equal(load_file(folder / word.name)["<owl>"], load_file(word)["<owl>"])
+    back = tmp_path / "back"
+    export.main([f"adapter={output}", f"output={back}"])
+    (file,) = back.glob("learned_embeds*.safetensors")
+    assert torch.equal(load_file(file)["owl"], load_file(word)["<owl>"])
+    assert f'weight_name="{file.name}"' in (back / "README.md").read_text()
+
+
+def test_an_embedding_that_does_not_fit_its_precision_is_told(tmp_path):
+    word = tmp_path / "learned_embeds.safetensors"
+    save_file({"<owl>": torch.full((2, 32), 1e6)}, word)
+    with pytest.raises(UserError, match="<owl> is not finite in torch.float16; use precision=fp32"):
+        export.main([f"adapter={word}", "precision=fp16", f"output={tmp_path / 'out'}"])
+
+
+def test_a_card_of_a_merged_export_is_that_of_a_model(run, tmp_path):
+    folder = exported(run, tmp_path, "format=merged", "scale=0.5", name="merged")
+    card = (folder / "README.md").read_text()
+    assert "A whole model: a LoRA adapter in the weights of `base`, at scale 0.5" in card
+    assert "lora" not in yaml.safe_load(card.split("---\n")[1])["tags"]
+    assert str(run.parent) not in card
+
+
+def test_a_scale_is_given_as_scale(run):
+    with pytest.raises(UserError, match=r"give its scale as scale=0\.25"):
+        export.main([f"adapter={run / 'adapter'}:0.25", "output=x"])
+
+
+def test_the_run_may_be_where_one_stands(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "my owls")
+    monkeypatch.chdir(copy)
+    export.main(["run=.", "format=kohya"])
+    assert (copy / "export" / "my owls.safetensors").exists()
+    assert "# my owls" in (copy / "export" / "my owls.md").read_text()
 
 
 def test_a_scale_of_0_is_the_base(run, world, tmp_path):
@@ -183,12 +223,43 @@ def test_the_scores_of_an_evaluation_are_on_the_card_with_their_intervals(run, t
 
 def test_what_is_there_is_not_written_over_unless_asked(run, tmp_path):
     folder = exported(run, tmp_path, name="out")
-    (folder / "mine").touch()
-    with pytest.raises(UserError, match="is there already: choose another, or overwrite=true"):
+    (folder / "README.md").write_text("edited")
+    with pytest.raises(UserError, match="is there already: choose another output=, or overwrite="):
         exported(run, tmp_path, name="out")
-    assert (folder / "mine").exists()
-    exported(run, tmp_path, "overwrite=true", name="out")
-    assert not (folder / "mine").exists()
+    exported(run, tmp_path, "overwrite=true", "card=false", name="out")
+    assert not (folder / "README.md").exists()
+
+
+def test_only_an_earlier_export_is_ever_replaced(run, world, tmp_path):
+    folder = exported(run, tmp_path, name="out")
+    (folder / "mine").touch()
+    with pytest.raises(UserError, match="out holds mine, which no export has written"):
+        exported(run, tmp_path, "overwrite=true", name="out")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").touch()
+    for place in (tmp_path / "photos", run, run.parent):
+        with pytest.raises(UserError, match="which no export has written"):
+            export.main([f"run={run}", "overwrite=true", f"output={place}"])
+    for place in (run / "adapter" / "new", world / "base" / "unet" / "new"):
+        with pytest.raises(UserError, match="which is exported from"):
+            export.main([f"run={run}", "overwrite=true", f"output={place}"])
+    assert (folder / "mine").exists() and (run / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("beside", ["owls.md", "owls.png", "owls.yaml", "owls-images"])
+def test_what_lies_beside_a_file_is_no_less_safe(run, tmp_path, beside):
+    (tmp_path / beside).write_text("mine")
+    with pytest.raises(UserError, match=f"{beside} is there already"):
+        exported(run, tmp_path, "format=kohya", name="owls.safetensors")
+    assert (tmp_path / beside).read_text() == "mine"
+
+
+def test_nothing_of_an_earlier_export_stays_beside_a_file(run, tmp_path):
+    name = "owls.safetensors"
+    exported(run, tmp_path, "format=single_file", name=name)
+    assert (tmp_path / "owls.yaml").exists()
+    exported(run, tmp_path, "format=kohya", "card=false", "overwrite=true", name=name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_an_export_that_fails_leaves_what_was_there(run, tmp_path, monkeypatch):
@@ -197,10 +268,35 @@ def test_an_export_that_fails_leaves_what_was_there(run, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(formats._WRITERS, "diffusers", full)
-    with pytest.raises(UserError, match="cannot be written .*No space left"):
-        exported(run, tmp_path, "overwrite=true", name="out")
+    with monkeypatch.context() as patch:
+        patch.setitem(formats._WRITERS, "diffusers", full)
+        with pytest.raises(UserError, match="cannot be written .*No space left"):
+            exported(run, tmp_path, "overwrite=true", name="out")
     assert (folder / "README.md").exists() and [p.name for p in tmp_path.iterdir()] == ["out"]
+    replace, calls = os.replace, []
+
+    def second_fails(source, goal):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        replace(source, goal)
+
+    monkeypatch.setattr("os.replace", second_fails)
+    with pytest.raises(UserError, match="Input/output error"):
+        exported(run, tmp_path, "overwrite=true", "card=false", name="out")
+    assert (folder / "README.md").exists() and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("format", ["merged", "single_file"])
+def test_a_file_that_may_not_be_so_large_is_no_traceback(run, tmp_path, format):
+    name = {"merged": "out", "single_file": "out.safetensors"}[format]
+    command = ["scripts/export.py", f"run={run}", f"format={format}", f"output={tmp_path / name}"]
+    limited = f"ulimit -f 20; exec {sys.executable} " + " ".join(map(shlex.quote, command))
+    ended = subprocess.run(
+        ["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2 and "cannot be written" in ended.stderr, ended.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_is_pushed_whole(run, tmp_path, monkeypatch, capsys):
@@ -214,7 +310,7 @@ def test_it_is_pushed_whole(run, tmp_path, monkeypatch, capsys):
         assert f"pushed {hub.address}/me/owls" in capsys.readouterr().out
         there = hub.files["me/owls"]
     assert there["owls.safetensors"] == file.read_bytes()
-    assert {"README.md", "owls-images/00.png"} <= there.keys()
+    assert there.keys() == {"README.md", file.name, "owls.png", *PICTURES}
 
 
 @pytest.mark.parametrize(

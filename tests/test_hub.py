@@ -40,6 +40,9 @@ def test_all_files_arrive_as_one_commit(stand_in, files):
 def test_a_repository_may_be_public(stand_in, files):
     hub.push(files, "me/owl", private=False)
     assert stand_in.private == {"me/owl": False}
+    with pytest.raises(UserError, match="is there and public: private=false uploads"):
+        hub.push(files, "me/owl", private=True)
+    assert stand_in.commits == 1
 
 
 @pytest.mark.parametrize("status", [401, 403])

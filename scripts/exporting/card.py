@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ _TAGS = {
     "textual-inversion": ["textual_inversion", "text-to-image"],
     "model": ["text-to-image"],
 }
+_WHAT = {
+    "lora": "A LoRA adapter",
+    "textual-inversion": "An embedding (textual inversion)",
+    "model": "A fine-tuned model",
+}
+_IMPORT = "from diffusers import StableDiffusionPipeline"
+HERE = "THIS FOLDER"
 _LIBRARIES = {
     "diffusers": "diffusers",
     "merged": "diffusers",
@@ -60,22 +68,140 @@ def samples(run: Path | None) -> list[Sample]:
     return found
 
 
-def write(
-    path: Path,
-    result: Result,
-    format: str,
-    file: str,
-    samples: Sequence[Sample],
-    images: Path | None = None,
-) -> None:
-    """The card, and the pictures that it shows in the folder `images` beside it.
+@dataclass(frozen=True)
+class Card:
+    """The card of a result that is exported in a format, to a file or folder called `file`."""
 
-    file: what the export is called, or "" where the card lies in it.
-    """
-    images = images or path.with_name("images")
-    path.write_text(text(result, format, file, samples, images.name), encoding="utf-8")
-    if samples:
-        _copy_samples(samples, images)
+    result: Result
+    format: str
+    scale: float
+    file: str
+    samples: Sequence[Sample]
+
+    def write(self, path: Path, images: Path) -> None:
+        """Writes it, and the pictures that it shows to the folder `images` beside it."""
+        path.write_text(self.text(images.name), encoding="utf-8")
+        if self.samples:
+            _copy_samples(self.samples, images)
+
+    def text(self, images: str) -> str:
+        """As Markdown with the hub's YAML before it."""
+        run = self.result.run
+        parts = [
+            f"# {self.result.name}",
+            self._introduction(),
+            *([_gallery(self.samples, images)] if self.samples else []),
+            f"## Use\n\n{self._use()}",
+            *(_training(self.record) if self.record else []),
+            *(_evaluation(run) if run else []),
+        ]
+        return self._front_matter(images) + "\n" + "\n\n".join(parts) + "\n"
+
+    @cached_property
+    def record(self) -> Run | None:
+        return Run.read(self.result.run, {}) if self.result.run else None
+
+    @property
+    def kind(self) -> str:
+        """Of what is written: a merged adapter is a model."""
+        return "model" if self.format in ("merged", "single_file") else self.result.kind
+
+    @property
+    def base(self) -> str:
+        """By a name that tells nobody's folders; "" if it is not known."""
+        return public(self.result.base.path) if self.result.base else ""
+
+    def _front_matter(self, images: str) -> str:
+        from huggingface_hub import ModelCardData
+
+        own: dict[str, Any] = {
+            "widget": [
+                {"text": sample.prompt, "output": {"url": f"{images}/{number:02d}.png"}}
+                for number, sample in enumerate(self.samples)
+            ],
+            "instance_prompt": self.record.setting("data.caption") if self.record else None,
+        }
+        data = ModelCardData(
+            base_model=self.base if "/" in self.base else None,
+            library_name=_LIBRARIES[self.format],
+            pipeline_tag="text-to-image",
+            tags=["sd-atelier", "stable-diffusion", *_TAGS[self.kind]],
+            **{name: value for name, value in own.items() if value},
+        )
+        return f"---\n{data.to_yaml()}\n---\n"
+
+    def _introduction(self) -> str:
+        of = f" of `{self.base}`" if self.base else ""
+        what = f"{_WHAT[self.result.kind]}{of}"
+        if self.kind != self.result.kind:
+            merged = _WHAT[self.result.kind]
+            what = f"A whole model: {merged[0].lower()}{merged[1:]} in the weights{of}, at scale "
+            what += f"{self.scale:g}"
+        if self.record is None:
+            return f"{what}."
+        base = self.record.manifest.get("base", {})
+        predicts = base.get("prediction_type")
+        return (
+            what
+            + (f", which predicts {predicts} at {base.get('resolution')} px" if predicts else "")
+            + f", trained with sd-atelier {self.record.manifest.get('sd_atelier', '')}. "
+            + report.verdict(self.record)
+        )
+
+    def _use(self) -> str:
+        name = Path(self.file).stem
+        if self.format == "diffusers" and not self.result.is_model:
+            return _code(self._with_diffusers())
+        if self.format in ("diffusers", "merged"):
+            load = f'pipeline = StableDiffusionPipeline.from_pretrained("{HERE}")'
+            return _code(f"{_IMPORT}\n\n{load}")
+        if self.format == "single_file":
+            return (
+                f"Put `{self.file}` into `models/Stable-diffusion` (AUTOMATIC1111, Forge) or "
+                f"`models/checkpoints` (ComfyUI), and `{name}.yaml` beside it, if there is one."
+            )
+        if self.result.lora:
+            return (
+                f"Put `{self.file}` into `models/Lora` (AUTOMATIC1111, Forge) and write "
+                f"`<lora:{name}:1>` into the prompt, or into `models/loras` (ComfyUI)."
+            )
+        return (
+            f"Put `{self.file}` into `embeddings` (AUTOMATIC1111, Forge) and write `{name}` into "
+            f"the prompt, or into `models/embeddings` (ComfyUI: `embedding:{name}`)."
+        )
+
+    def _with_diffusers(self) -> str:
+        lines = [
+            _IMPORT,
+            "",
+            f'pipeline = StableDiffusionPipeline.from_pretrained("{self.base or "ITS BASE"}")',
+        ]
+        if self.result.lora:
+            lines.append(f'pipeline.load_lora_weights("{HERE}")')
+        for file in map(embedding_name, self.result.embeddings):
+            lines.append(f'pipeline.load_textual_inversion("{HERE}", weight_name="{file}")')
+        if (self.result.folder / "scheduler").is_dir():
+            lines += [
+                "# As it was trained:",
+                "pipeline.scheduler = type(pipeline.scheduler).from_pretrained(",
+                f'    "{HERE}", subfolder="scheduler"',
+                ")",
+            ]
+        return "\n".join(lines)
+
+
+def embedding_name(file: Path) -> str:
+    """What an embedding is called in a folder, where this project's commands look for it."""
+    known = file.name.startswith("learned_embeds")
+    return file.name if known else f"learned_embeds-{file.stem}.safetensors"
+
+
+def public(base: str) -> str:
+    """A base by a name that tells nobody's folders: a hub id as it is, a path by its last part."""
+    path = Path(base)
+    is_file = base.endswith(".safetensors") or path.exists()
+    is_path = is_file or base.count("/") != 1 or base.startswith((".", "~"))
+    return path.name if is_path else base
 
 
 def _copy_samples(samples: Sequence[Sample], folder: Path) -> None:
@@ -86,69 +212,8 @@ def _copy_samples(samples: Sequence[Sample], folder: Path) -> None:
             shutil.copyfile(sample.base, folder / f"{number:02d}-base.png")
 
 
-def text(result: Result, format: str, file: str, samples: Sequence[Sample], images: str) -> str:
-    """The card as Markdown with the hub's YAML before it; `file` and the folder `images` lie beside
-    it."""
-    record = Run.read(result.run, {}) if result.run else None
-    parts = [
-        f"# {result.name}",
-        _introduction(result, record),
-        *([_gallery(samples, images)] if samples else []),
-        f"## Use\n\n{_use(result, format, file)}",
-        *(_training(record) if record else []),
-        *(_evaluation(result.run) if result.run else []),
-    ]
-    return _front_matter(result, format, record, samples, images) + "\n" + "\n\n".join(parts) + "\n"
-
-
-def _front_matter(
-    result: Result, format: str, record: Run | None, samples: Sequence[Sample], images: str
-) -> str:
-    from huggingface_hub import ModelCardData
-
-    base = str(record.setting("model.path")) if record else ""
-    own: dict[str, Any] = {
-        "widget": [
-            {"text": sample.prompt, "output": {"url": f"{images}/{number:02d}.png"}}
-            for number, sample in enumerate(samples)
-        ],
-        "instance_prompt": record.setting("data.caption") if record else None,
-    }
-    data = ModelCardData(
-        base_model=base if _is_hub_id(base) else None,
-        library_name=_LIBRARIES[format],
-        pipeline_tag="text-to-image",
-        tags=["sd-atelier", "stable-diffusion", *_TAGS[result.kind]],
-        **{name: value for name, value in own.items() if value},
-    )
-    return f"---\n{data.to_yaml()}\n---\n"
-
-
-def _is_hub_id(base: str) -> bool:
-    return not Path(base).exists() and base.count("/") == 1 and not base.startswith((".", "/"))
-
-
-def _public(base: str) -> str:
-    """A base by a name that tells nobody's folders."""
-    return base if _is_hub_id(base) else Path(base).name
-
-
-def _introduction(result: Result, record: Run | None) -> str:
-    what = {
-        "lora": "A LoRA adapter",
-        "textual-inversion": "An embedding (textual inversion)",
-        "model": "A fine-tuned model",
-    }[result.kind]
-    if record is None:
-        return f"{what}."
-    base = record.manifest.get("base", {})
-    predicts = base.get("prediction_type")
-    return (
-        f"{what} of `{_public(str(record.setting('model.path')))}`"
-        + (f", which predicts {predicts} at {base.get('resolution')} px" if predicts else "")
-        + f", trained with sd-atelier {record.manifest.get('sd_atelier', '')}. "
-        + report.verdict(record)
-    )
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"
 
 
 def _gallery(samples: Sequence[Sample], images: str) -> str:
@@ -164,53 +229,6 @@ def _cell(text: str) -> str:
     """As it can stand in a table of Markdown."""
     plain = " ".join(text.split()).replace("|", "\\|")
     return plain.replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _use(result: Result, format: str, file: str) -> str:
-    if format == "diffusers" and not result.is_model:
-        return _code("python", _with_diffusers(result))
-    if format in ("diffusers", "merged"):
-        call = 'pipeline = StableDiffusionPipeline.from_pretrained("THIS FOLDER")'
-        return _code("python", f"from diffusers import StableDiffusionPipeline\n\n{call}")
-    if format == "single_file":
-        return (
-            f"Put `{file}` into `models/Stable-diffusion` (AUTOMATIC1111, Forge) or "
-            "`models/checkpoints` (ComfyUI)."
-        )
-    if result.lora:
-        return (
-            f"Put `{file}` into `models/Lora` (AUTOMATIC1111, Forge) and write "
-            f"`<lora:{Path(file).stem}:1>` into the prompt, or into `models/loras` (ComfyUI)."
-        )
-    return (
-        f"Put `{file}` into `embeddings` (AUTOMATIC1111, Forge) and write `{Path(file).stem}` into "
-        f"the prompt, or into `models/embeddings` (ComfyUI: `embedding:{Path(file).stem}`)."
-    )
-
-
-def _with_diffusers(result: Result) -> str:
-    base = _public(result.base.path) if result.base else "ITS BASE"
-    lines = [
-        "from diffusers import StableDiffusionPipeline",
-        "",
-        f'pipeline = StableDiffusionPipeline.from_pretrained("{base}")',
-    ]
-    if result.lora:
-        lines.append('pipeline.load_lora_weights("THIS FOLDER")')
-    for file in result.embeddings:
-        lines.append(f'pipeline.load_textual_inversion("THIS FOLDER", weight_name="{file.name}")')
-    if (result.folder / "scheduler").is_dir():
-        lines += [
-            "# As it was trained:",
-            "pipeline.scheduler = type(pipeline.scheduler).from_pretrained(",
-            '    "THIS FOLDER", subfolder="scheduler"',
-            ")",
-        ]
-    return "\n".join(lines)
-
-
-def _code(language: str, text: str) -> str:
-    return f"```{language}\n{text}\n```"
 
 
 def _training(record: Run) -> Iterator[str]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts.exporting import card as cards
-from scripts.exporting.card import Sample
+from scripts.exporting import placing
+from scripts.exporting.card import Card, Sample
 from scripts.exporting.results import Result
 from train.config import UserError
 
@@ -22,72 +22,49 @@ LORA = "pytorch_lora_weights.safetensors"
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
+@dataclass(frozen=True)
+class Export:
+    """What was written, by the names it has in a repository, and what should be known of it."""
+
+    files: dict[str, Path]
+    warnings: list[str]
+
+
 def export(
-    result: Result, format: str, output: Path, *, precision: str, scale: float, card: bool
-) -> list[str]:
-    """Writes `result` to `output`, a file or a folder, with its card beside or in it; returns what
-    should be known of it. Raises UserError; what was at `output` before then stays."""
+    result: Result,
+    format: str,
+    output: Path,
+    *,
+    precision: str,
+    scale: float,
+    card: bool,
+    overwrite: bool,
+) -> Export:
+    """Writes `result` to `output`, a file or a folder, with its card beside or in it. Raises
+    UserError; what was there before then stays."""
     import torch
+    from safetensors import SafetensorError
 
     dtype = getattr(torch, _DTYPES[precision])
     samples = cards.samples(result.run) if card else []
+    about = Card(result, format, scale, output.name, samples)
     try:
-        with _placed(output) as temporary:
+        with placing.place(output, overwrite=overwrite) as temporary:
             warnings = _WRITERS[format](result, temporary, dtype, scale)
             if card and temporary.is_dir():
-                cards.write(temporary / "README.md", result, format, "", samples)
-        if card and output.is_file():
-            _beside(output, result, format, samples)
-    except OSError as error:
+                about.write(temporary / "README.md", temporary / "images")
+            elif card:
+                about.write(temporary.with_suffix(".md"), placing.pictures(temporary))
+                _thumbnail(temporary.with_suffix(".png"), samples)
+    except (OSError, SafetensorError) as error:
         raise UserError(f"output={output} cannot be written ({error})") from None
-    return warnings
+    return Export(placing.files(output), warnings)
 
 
-def files_of(output: Path) -> dict[str, Path]:
-    """What belongs to an export by its name in a repository."""
-    if output.is_dir():
-        files = sorted(path for path in output.rglob("*") if path.is_file())
-        return {str(path.relative_to(output)): path for path in files}
-    pictures = sorted(_pictures(output).glob("*.png"))
-    named = {f"{path.parent.name}/{path.name}": path for path in pictures}
-    card, settings = output.with_suffix(".md"), output.with_suffix(".yaml")
-    beside = {"README.md": card, settings.name: settings}
-    return {
-        output.name: output,
-        **{name: path for name, path in beside.items() if path.is_file()},
-        **named,
-    }
-
-
-def _beside(output: Path, result: Result, format: str, samples: Sequence[Sample]) -> None:
-    """The card, its pictures, and the picture that web UIs show for a file."""
-    cards.write(output.with_suffix(".md"), result, format, output.name, samples, _pictures(output))
+def _thumbnail(path: Path, samples: Sequence[Sample]) -> None:
+    """The picture that web UIs show for a file."""
     if samples:
-        shutil.copyfile(samples[0].picture, output.with_suffix(".png"))
-
-
-def _pictures(output: Path) -> Path:
-    return output.with_name(f"{output.stem}-images")
-
-
-@contextmanager
-def _placed(output: Path) -> Iterator[Path]:
-    """A place to write to, which is `output` once all is on the disk, and gone if that fails. What
-    is written beside it comes along."""
-    from train.checkpoint_files import sync
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=output.parent) as folder:
-        temporary = Path(folder) / output.name
-        yield temporary
-        for path in Path(folder).rglob("*"):
-            sync(path)
-        beside = [path for path in Path(folder).iterdir() if path != temporary]
-        if output.is_dir():
-            os.replace(output, Path(folder) / "replaced")
-        for path in [*beside, temporary]:
-            os.replace(path, output.with_name(path.name))
-        sync(output.parent)
+        shutil.copyfile(samples[0].picture, path)
 
 
 # The formats
@@ -100,7 +77,8 @@ def _diffusers(result: Result, output: Path, dtype: torch.dtype, _: float) -> li
         return _copied_model(result.folder, output, dtype)
     output.mkdir()
     for file in result.embeddings:
-        _copied_embedding(file, output / file.name, dtype)
+        its = adapter_metadata.of(file, result.run, name=result.name, kind="textual-inversion")
+        _written_embedding(file, output / cards.embedding_name(file), dtype, its)
     if (result.folder / "scheduler").is_dir():
         shutil.copytree(result.folder / "scheduler", output / "scheduler")
     if result.lora is None:
@@ -109,13 +87,20 @@ def _diffusers(result: Result, output: Path, dtype: torch.dtype, _: float) -> li
     return kohya.write_diffusers(result.lora, output / LORA, metadata=about, dtype=dtype)
 
 
-def _copied_embedding(file: Path, output: Path, dtype: torch.dtype) -> None:
+def _written_embedding(file: Path, output: Path, dtype: torch.dtype, about: dict[str, str]) -> None:
+    """Under its word. Raises UserError for numbers that are not finite, or are not in `dtype`."""
     from safetensors.torch import load_file
 
-    from train.safetensors_file import read_header, write_safetensors
+    from train import adapter_metadata
+    from train.adapter_file import EMBEDDING
 
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
-    write_safetensors(output, tensors, read_header(file).metadata)
+    tensors = {}
+    for name, rows in load_file(file).items():
+        word = file.stem if name == EMBEDDING else name
+        tensors[word] = rows.to(dtype)
+        if not tensors[word].isfinite().all():
+            raise UserError(f"{file}: {word} is not finite in {dtype}; use precision=fp32")
+    adapter_metadata.write(output, tensors, about)
 
 
 def _copied_model(folder: Path, output: Path, dtype: torch.dtype) -> list[str]:

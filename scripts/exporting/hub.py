@@ -38,8 +38,14 @@ def push(files: Mapping[str, Path], repo: str, *, private: bool) -> str:
     api = HfApi()
     try:
         made = api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
+        if private and api.repo_info(made.repo_id).private is False:
+            raise UserError(
+                f"push_to_hub={repo} is there and public: private=false uploads to it all the same"
+            )
         adding = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         api.create_commit(made.repo_id, adding, commit_message="Export of sd-atelier")
+    except UserError:
+        raise
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         why = f"push_to_hub={repo}: the hub refused it ({_first_line(error)})"

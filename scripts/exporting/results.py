@@ -29,6 +29,13 @@ class Result:
         return self.lora is None and not self.embeddings
 
     @property
+    def folders(self) -> list[Path]:
+        """What an export may not be written into: the adapter or model, and its base."""
+        base = Path(self.base.path) if self.base else None
+        adapter = [self.folder] if self.run or self.is_model else []
+        return [*adapter, *([base] if base and base.is_dir() else [])]
+
+    @property
     def kind(self) -> str:
         if self.is_model:
             return "model"
@@ -50,26 +57,28 @@ def of_run(run: Path) -> Result:
     """The finished result of a run directory. Raises UserError where there is none."""
     if not run.is_dir():
         raise UserError(f"run={run}: no such folder; give the output= of a training run")
-    base = _base(run)
+    base, name = _base(run), run.resolve().name
     if (run / FULL / "model_index.json").is_file():
-        return Result(run.name, run / FULL, run=run, base=base)
+        return Result(name, run / FULL, run=run, base=base)
     if not (run / "adapter").is_dir():
         raise UserError(
             f"run={run} holds no adapter/ and no full/: it is not finished, or is no run. The same "
             "training command goes on with it"
         )
-    return _adapter(run / "adapter", run.name, run, base)
+    return _adapter(run / "adapter", name, run, base)
 
 
 def of_adapter(path: str) -> Result:
     """An adapter's folder or file. Raises UserError."""
-    name = Path(path).stem if Path(path).is_file() else Path(path).name
+    name = Path(path).stem if Path(path).is_file() else Path(path).resolve().name
     return _adapter(Path(path), name, None, None)
 
 
 def _adapter(path: Path, name: str, run: Path | None, base: ModelConfig | None) -> Result:
     found = adapter_file.find(str(path))
-    folder = path if path.is_dir() else path.parent
+    if found.scale != 1:
+        raise UserError(f"adapter={path}: give its scale as scale={found.scale:g}")
+    folder = found.files[0].parent
     return Result(name, folder, found.file, found.embeddings, run, base)
 
 
