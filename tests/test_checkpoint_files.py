@@ -1,5 +1,6 @@
 """What is written is what safetensors reads, and what is read is what was written."""
 
+import hashlib
 import json
 import os
 
@@ -73,7 +74,8 @@ BAD = {
     "another step": lambda m: m | {"step": 4},
     "a step of text": lambda m: m | {"step": "3"},
     "a step that is none": lambda m: m | {"step": True},
-    "another format": lambda m: m | {"format": 1},
+    "another format": lambda m: m | {"format": 3},
+    "another hash": lambda m: m | {"format": 1},
     "files in a list": lambda m: m | {"files": list(m["files"])},
     "a file outside": lambda m: m | {"files": m["files"] | {"../x.safetensors": m["files"][MODEL]}},
     "a size of text": lambda m: listing(m, bytes="9"),
@@ -132,3 +134,17 @@ def test_without_hashes_only_sizes_are_looked_at(folder):
     os.truncate(file, 5)
     with pytest.raises(DamagedCheckpoint, match="size"):
         verify(folder, hashes=False)
+
+
+def test_an_older_checkpoint_is_verified_by_its_own_hash(folder):
+    manifest = read_manifest(folder)
+    for name, about in manifest["files"].items():
+        del about["xxh3_128"]
+        about["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    write_synced(folder / "manifest.json", json.dumps(manifest | {"format": 1}))
+    assert verify(folder)["format"] == 1
+    with (folder / MODEL).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    with pytest.raises(DamagedCheckpoint, match="hash differ"):
+        verify(folder)

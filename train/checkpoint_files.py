@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -22,13 +22,17 @@ from torch import Tensor
 from train.config import RunFailed
 
 FORMAT = 2
+# What files are hashed with, by format. It is to tell damage, not malice; SHA-256 takes five times
+# as long, from cores that train.
+_HASHES: dict[int, tuple[str, Callable[[], Any]]] = {
+    1: ("sha256", hashlib.sha256),
+    2: ("xxh3_128", xxhash.xxh3_128),
+}
 MANIFEST = "manifest.json"
 _NEEDED = ("model.safetensors", "optimizer.safetensors")
 CHUNK = 4 * 2**20  # bytes that are written, and meanwhile hashed, at a time
 _AHEAD = 8  # pieces at most that are written but not hashed yet
 _MANIFEST_BYTES = 64 * 2**20  # at most: a few numbers for each parameter
-# It is to tell damage, not malice; SHA-256 takes five times as long, from cores that train.
-_new_hash = xxhash.xxh3_128
 
 
 class DamagedCheckpoint(RunFailed):
@@ -44,7 +48,8 @@ Bytes = bytes | bytearray | memoryview
 def write_pieces(path: Path, pieces: Iterable[Bytes]) -> dict[str, Any]:
     """Writes a file through to the disk; returns its size and hash as the manifest has them. Raises
     OSError."""
-    digest = _new_hash()
+    name, new_hash = _HASHES[FORMAT]
+    digest = new_hash()
     hashing: deque[Future[None]] = deque()
     with path.open("wb", buffering=0) as file:
         with ThreadPoolExecutor(1) as beside:
@@ -57,7 +62,7 @@ def write_pieces(path: Path, pieces: Iterable[Bytes]) -> dict[str, Any]:
                     hashing.append(beside.submit(digest.update, piece))
                 append(file, piece)
             to_disk(file)
-        return {"bytes": file.tell(), "xxh3_128": digest.hexdigest()}
+        return {"bytes": file.tell(), name: digest.hexdigest()}
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -93,7 +98,8 @@ def sync(path: Path) -> None:
 class _File(BaseModel):
     model_config = ConfigDict(strict=True)
     bytes: int = Field(ge=0)
-    xxh3_128: str = Field(pattern="^[0-9a-f]{32}$")
+    xxh3_128: str | None = Field(None, pattern="^[0-9a-f]{32}$")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
 
 
 class _Optimizer(BaseModel):
@@ -120,13 +126,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError("too large")
         manifest = json.loads(file.read_bytes())
         form = manifest.get("format") if isinstance(manifest, dict) else None
-        if form == FORMAT:
+        if form in _HASHES:
             _check_manifest(manifest, path)
     except (OSError, ValueError, RecursionError) as error:
         reason = _first(error) if isinstance(error, ValidationError) else error
         raise DamagedCheckpoint(f"{file} is missing or unreadable ({reason})") from None
-    if form != FORMAT:
-        raise DamagedCheckpoint(f"{file} has format {form}, expected {FORMAT}")
+    if form not in _HASHES:
+        raise DamagedCheckpoint(f"{file} has format {form}, expected one up to {FORMAT}")
     return manifest
 
 
@@ -134,6 +140,9 @@ def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
     checked = _Manifest.model_validate(manifest)
     if missing := sorted(set(_NEEDED) - checked.files.keys()):
         raise ValueError(f"it does not list {missing[0]}")
+    hashed = _HASHES[manifest["format"]][0]
+    if bare := [name for name, file in checked.files.items() if getattr(file, hashed) is None]:
+        raise ValueError(f"it has no {hashed} of {bare[0]}")
     if path.name != named(checked.step):
         raise ValueError(f"it is of step {checked.step}")
 
@@ -153,18 +162,19 @@ def verify(path: Path, *, hashes: bool = True) -> dict[str, Any]:
     that it lists; else DamagedCheckpoint. Without `hashes` only the sizes are looked at."""
     manifest = read_manifest(path)
     for name, listed in sorted(manifest["files"].items()):
-        _check_file(path / name, listed, hashes=hashes)
+        _check_file(path / name, listed, manifest["format"], hashes=hashes)
     return manifest
 
 
-def _check_file(file: Path, listed: dict[str, Any], *, hashes: bool) -> None:
+def _check_file(file: Path, listed: dict[str, Any], form: int, *, hashes: bool) -> None:
     if not file.is_file():
         raise DamagedCheckpoint(f"{file} is missing")
     try:
         same = file.stat().st_size == listed["bytes"]
         if same and hashes:
+            name, new_hash = _HASHES[form]
             with file.open("rb") as stream:
-                same = hashlib.file_digest(stream, _new_hash).hexdigest() == listed["xxh3_128"]
+                same = hashlib.file_digest(stream, new_hash).hexdigest() == listed[name]
     except OSError as error:
         raise DamagedCheckpoint(f"{file} cannot be read ({error})") from None
     if not same:

@@ -26,7 +26,7 @@ WITHOUT = [
     ),
     Removal(
         "what is to be generated with is checked before the base is loaded",
-        "scripts/generate.py",
+        "scripts/generation/pipelines.py",
         "    if folder.is_dir():\n",
         "    if False:\n",
         "generated",
