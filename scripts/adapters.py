@@ -75,7 +75,8 @@ class _Written(Section):
     output: Path
     """A folder, or for format=kohya a .safetensors file."""
     overwrite: bool = False
-    """Whether what is at `output` is replaced."""
+    """Whether a LoRA that is at `output` is replaced, as a whole. A folder with anything else in it
+    is left alone."""
     format: Literal["diffusers", "kohya"] = "diffusers"
     """Whose format it is written in."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -171,12 +172,9 @@ def compare(arguments: list[str]) -> None:
 
 
 def merge(arguments: list[str]) -> None:
-    from train import adapter_factors
-
     config = _read(MergeConfig, arguments, "adapters")
     _check_output(config)
-    files, sources = _sources(config.adapters, config)
-    adapter_factors.check_alike(files, [changes for changes, _ in sources])
+    files, sources = _sources(config.adapters, config, exact=_size(config).whole)
     _make(sources, config, files)
 
 
@@ -238,31 +236,41 @@ def _read(schema: type[S], arguments: Sequence[str], key: str | None) -> S:
 def _lora(text: str) -> tuple[Path, float]:
     """The LoRA file and scale that an adapter's text means."""
     from train import adapter_file
+    from train.safetensors_file import shown
 
     found = adapter_file.find(text)
     if found.file is None:
         raise UserError(f"{text} is of embeddings, which have no ranks; give a LoRA")
     if found.embeddings:
-        names = ", ".join(file.name for file in found.embeddings)
+        names = ", ".join(shown(file.name) for file in found.embeddings)
         print(f"note: {names} beside it is not looked at, only the LoRA", file=sys.stderr)
     return found.file, found.scale
 
 
-def _sources(texts: Sequence[str], config: _OnBase) -> tuple[list[Path], list[Any]]:
-    """The files of several adapters, and of each what it changes and its scale."""
+def _sources(
+    texts: Sequence[str], config: _OnBase, *, exact: bool = False
+) -> tuple[list[Path], list[Any]]:
+    """The files of several adapters, and of each what it changes and its scale. Raises UserError
+    for those of different bases, and for DoRA where all of the change is to be kept."""
     from train import adapter_factors
 
     layers = _layers(config)
     found = [_lora(text) for text in texts]
     files = [file for file, _ in found]
-    changes = [adapter_factors.plain(file, adapter_factors.read(file), layers) for file in files]
+    read = [adapter_factors.read(file) for file in files]
+    adapter_factors.check_alike(files, read)
+    if exact:
+        adapter_factors.check_low_rank(files, read)
+    changes = [adapter_factors.plain(f, one, layers) for f, one in zip(files, read, strict=True)]
     return files, [(one, scale) for one, (_, scale) in zip(changes, found, strict=True)]
 
 
 def _scaled(changes: Any, scale: float) -> Any:
     from dataclasses import replace
 
-    return {name: replace(f, scale=f.scale * scale) for name, f in changes.items()}
+    from train.adapter_factors import Made
+
+    return Made(changes, lambda _, factors: replace(factors, scale=factors.scale * scale))
 
 
 def _layers(config: _OnBase) -> Any:
@@ -308,6 +316,10 @@ def _check_output(config: _Written) -> None:
         )
     if config.output.exists() and config.output.is_dir() != (config.format == "diffusers"):
         raise UserError(f"output={config.output} is something else: choose another")
+    if config.output.exists():
+        from train.adapter_factors import check_replaceable
+
+        check_replaceable(config.output)
 
 
 def _scheduler_of(model: str) -> Path | None:

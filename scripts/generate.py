@@ -16,11 +16,12 @@ they were made, and are the same however many processes make them. The same comm
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from eval.sampling import (
     load_base,
@@ -37,7 +38,8 @@ from scripts.generation.config import (
     check_watermark,
     mode_of,
 )
-from train.config import RunFailed, UserError, command, dump, load, read_yaml
+from train.config import RunFailed, UserError, command, load
+from train.stopping import Interrupted
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -50,12 +52,39 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> None:
     config = load(GenerateConfig, [spelled_out(argument) for argument in arguments])
-    paths = make_pictures(config)
+    with stoppable():
+        paths = make_pictures(config)
     if os.environ.get("RANK", "0") == "0":
         print(f"pictures: {len(paths)} in {config.output}")
     from eval.processes import join
 
     join().destroy_process_group()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it Ctrl-C and SIGTERM end with a line and exit code 130 or 143, and no traceback.
+
+    They end at once: a picture is written whole or not at all.
+    """
+    heard = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = {number: how for number, how in heard.items() if how is not signal.SIG_IGN}
+    for number in heard:
+        signal.signal(number, _end)
+    try:
+        yield
+    except Interrupted as interrupted:
+        heard = dict.fromkeys(heard, signal.SIG_IGN)  # a launcher passes on what has come already
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{interrupted}: the same command goes on from here", file=sys.stderr)
+        raise
+    finally:
+        for number, how in heard.items():
+            signal.signal(number, how)
+
+
+def _end(number: int, _frame: Any) -> None:
+    raise Interrupted(number)
 
 
 def make_pictures(config: GenerateConfig) -> list[Path]:
@@ -65,61 +94,37 @@ def make_pictures(config: GenerateConfig) -> list[Path]:
     Raises UserError for what does not go together, before anything heavy is loaded where files'
     headers and JSON tell it, and RunFailed where memory does not suffice.
     """
-    from scripts.generation import control, inputs, pipelines
+    from scripts.generation import control, inputs, outputs, pipelines, upscaler
     from train import adapter_file
 
     base = pipelines.recognise(config)
     mode = mode_of(config, base)
-    check_steps(config, mode)
+    check_steps(config, mode, base.timesteps if base else upscaler.timesteps(config.model))
     prompts = read_prompts(config)
     adapters = [adapter_file.find(text) for text in config.adapters]
     controls = [control.find(text) for text in config.controlnet]
     pipelines.check(config, mode, base, adapters, controls)
     sources = inputs.sources(config, mode, base.resolution if base else None)
-    check_watermark(config, [source.size for source in sources])
+    factor = upscaler.FACTOR if mode == "upscale" else 1
+    check_watermark(config, [source.size for source in sources], factor)
+    count = (len(config.seeds) or config.count) * len(prompts) * max(1, len(sources))
+    _check_seeds(config, count)
 
     from eval.processes import join, quieten
 
     state = join()
     quieten()
-    if state.is_main_process:
-        claim(config)
-        if note := inputs.note_sizes(sources):
-            print(note)
+    outputs.by_the_first(state, lambda: outputs.check(config, sources, count))
+    if state.is_main_process and (note := inputs.note_sizes(sources)):
+        print(note)
     drawing, weights = prepare(config, mode, adapters, controls, state.device)
     jobs = list_jobs(config, prompts, sources, drawing.pipeline)
-    check_watermark(config, [job.size for job in jobs])
+    check_watermark(config, [job.size for job in jobs], factor)
     paths = draw(drawing, jobs, weights, state)
     state.wait_for_everyone()
     if config.grid and state.is_main_process:
         _write_sheet(config, jobs, paths)
     return paths
-
-
-def claim(config: GenerateConfig) -> None:
-    """Writes output/config.yaml, which repeats the command.
-
-    Raises UserError where the folder is something else's, a run's say, or was begun with another
-    negative prompt.
-    """
-    file = config.output / "config.yaml"
-    try:
-        if file.exists() and _negative_prompt(file) != config.negative_prompt:
-            raise UserError(
-                f"output={config.output} holds a config.yaml of another negative_prompt, or not of "
-                "this script; choose another output="
-            )
-        config.output.mkdir(parents=True, exist_ok=True)
-        file.write_text(dump(config), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"output={config.output} cannot be used ({error})") from None
-
-
-def _negative_prompt(file: Path) -> str | None:
-    try:
-        return read_yaml(file).get("negative_prompt")
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        return None
 
 
 def prepare(
@@ -177,15 +182,19 @@ def list_jobs(
 def draw(
     drawing: Drawing, jobs: Sequence[Job], weights: dict[str, Any], state: PartialState
 ) -> list[Path]:
-    """Writes this process's share of the pictures that are not there; returns the paths of all."""
+    """Writes this process's share of the pictures that are not there; returns the paths of all.
+
+    Raises UserError where others are there.
+    """
     import torch
 
     from eval.generation import NotFinite, cut, write_missing
-    from scripts.generation import metadata
+    from scripts.generation import metadata, outputs
 
     config = drawing.config
-    paths = [config.output / f"{index:05d}.png" for index in range(len(jobs))]
+    paths = outputs.files(config, len(jobs))
     wanted = metadata.settings(drawing, jobs, weights)
+    outputs.by_the_first(state, lambda: outputs.claim(config, paths, wanted))
     batches = cut([drawing.key(job) for job in jobs], config.batch_size)
     try:
         write_missing(
@@ -206,6 +215,13 @@ def draw(
     except OSError as error:
         raise UserError(f"output={config.output} cannot be used ({error})") from None
     return paths
+
+
+def _check_seeds(config: GenerateConfig, count: int) -> None:
+    try:
+        config.check_seeds(count)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _write_sheet(config: GenerateConfig, jobs: Sequence[Job], paths: Sequence[Path]) -> None:

@@ -12,11 +12,21 @@ from tests import kohya_by_hand
 from tests.runs import arguments, make_world
 from tests.test_kohya import ALL, FILE, TEXT
 from tests.tiny import tiny_pipeline
-from train import adapter_file, adapter_metadata, adapters, export, kohya, pictures, rundir
+from train import (
+    adapter_file,
+    adapter_metadata,
+    adapters,
+    export,
+    kohya,
+    pictures,
+    rundir,
+    stored_tensors,
+)
 from train import training_metadata as training
 from train.adapter_file import Adapter
 from train.config import DiffusionConfig, LoraConfig, LoraRun, SourceConfig, UserError, load
 from train.models import reschedule
+from train.safetensors_file import MAX_HEADER_BYTES, read_header
 
 INTEGERS = """batch_size_per_device total_batch_size epoch num_epochs steps max_train_steps seed
     num_train_images num_reg_images num_batches_per_epoch gradient_accumulation_steps session_id
@@ -155,15 +165,14 @@ def test_our_own_record_is_whole_and_names_no_one_s_folders(run, world):
 )
 def test_the_base_is_named_as_others_name_it(tmp_path, family, prediction, version, architecture):
     (tmp_path / "config.yaml").write_text("output: x\n")
-    base = {"family": family, "prediction_type": prediction, "path": "me/base"}
+    base = {"family": family, "prediction_type": prediction, "path": "me/base", "kind": "hub id"}
     (tmp_path / "manifest.json").write_text(json.dumps({"base": base}))
-    for kind, end in (
-        ("lora", "/lora"),
-        ("textual-inversion", "/textual-inversion"),
-        ("model", ""),
-    ):
+    for kind in ("lora", "textual-inversion", "model"):
         found = adapter_metadata.of(None, tmp_path, name="x", kind=kind)
-        assert found["modelspec.architecture"] == architecture + end
+        if kind == "model":  # its folder tells better
+            assert not {"modelspec.architecture", "modelspec.prediction_type"} & found.keys()
+        else:
+            assert found["modelspec.architecture"] == f"{architecture}/{kind}"
         assert found["ss_base_model_version"] == version
         assert found["ss_v2"] == str(family.startswith("SD 2"))
         assert found["ss_sd_model_name"] == "me/base"
@@ -173,7 +182,7 @@ def test_an_override_of_what_is_predicted_counts(tmp_path):
     (tmp_path / "config.yaml").write_text("diffusion: {prediction_type: epsilon}\n")
     base = {"family": "SD 2", "prediction_type": "v_prediction"}
     (tmp_path / "manifest.json").write_text(json.dumps({"base": base}))
-    found = adapter_metadata.of(None, tmp_path, name="x", kind="model")
+    found = adapter_metadata.of(None, tmp_path, name="x", kind="lora")
     assert found["ss_base_model_version"] == "sd_v2"
     assert found["modelspec.prediction_type"] == "epsilon"
 
@@ -182,12 +191,72 @@ def test_a_torn_run_gives_what_it_has(tmp_path):
     found = adapter_metadata.of(None, tmp_path, name="x", kind="model")
     assert found["ss_output_name"] == "x" and found["ss_steps"] == "None"
     assert found["ss_tag_frequency"] == "{}" and "ss_v2" not in found
+    assert not {"ss_num_train_images", "ss_dataset_dirs"} & found.keys()
+    assert found["modelspec.title"] == "x" and "modelspec.architecture" not in found
     (tmp_path / "config.yaml").write_text("[")
     (tmp_path / "manifest.json").write_text("{")
     assert adapter_metadata.of(None, tmp_path, name="x", kind="model")["ss_seed"] == "None"
 
 
+def test_of_every_path_the_name_alone_is_published(tmp_path):
+    config = {
+        "output": "runs/jane/x",
+        "model": {"path": "data/jane", "config": "jane/family"},
+        "data": {"path": "data/jane/p", "sources": [{"path": "../jane/q", "class_path": "jane/r"}]},
+        "evaluation": {"path": "data/jane/e", "clip": "jane/clip", "images": 8},
+        "preview": {"prompts": ["a/b jane-free"], "images": ["jane/1.png", "jane/2.png"]},
+        "lora": {"start_from": "runs/jane/old/"},
+    }
+    before = "data.path: 'jane/before' -> PosixPath('data/jane/p')"
+    manifest = {
+        "base": {"path": "data/jane", "kind": "diffusers folder", "family": "SD 1"},
+        "changes": [{"step": 1, "changes": [before]}],
+        "note": "see data/jane/e, runs/jane/x/log",
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    found = adapter_metadata.of(None, tmp_path, name="x", kind="lora")
+    record = json.loads(found["sd_atelier"])
+    assert found["ss_sd_model_name"] == record["config"]["model"]["path"] == "jane"
+    assert "jane/" not in json.dumps(found) and "/jane" not in json.dumps(found)
+    assert record["config"]["preview"] == {
+        "prompts": ["a/b jane-free"],
+        "images": ["1.png", "2.png"],
+    }
+    assert record["config"]["data"]["sources"] == [{"path": "q", "class_path": "r"}]
+    assert record["manifest"]["note"] == "see e, x/log"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "name"),
+    [
+        ("me/base", "hub id", "me/base"),
+        ("me/base", "diffusers folder", "base"),
+        ("me/base", None, "base"),
+        ("me/b.safetensors", "hub id", "b.safetensors"),
+        ("C:\\me\\b.safetensors", "single file", "b.safetensors"),
+    ],
+)
+def test_a_base_has_its_whole_name_where_it_is_the_hub_s(tmp_path, path, kind, name):
+    (tmp_path / "config.yaml").write_text(json.dumps({"model": {"path": path}}))
+    base = {"family": "SD 1", "path": path, "kind": kind}
+    (tmp_path / "manifest.json").write_text(json.dumps({"base": base}))
+    found = adapter_metadata.of(None, tmp_path, name="x", kind="lora")
+    record = json.loads(found["sd_atelier"])
+    names = (found["ss_sd_model_name"], record["config"]["model"]["path"])
+    assert {*names, record["manifest"]["base"]["path"]} == {name}
+
+
 # Without a run
+
+
+def test_nothing_is_read_of_the_folder_it_is_run_in(tmp_path, monkeypatch):
+    (tmp_path / "full" / "scheduler").mkdir(parents=True)
+    file = tmp_path / "full" / "scheduler" / "scheduler_config.json"
+    file.write_text('{"prediction_type": "v_prediction"}')
+    monkeypatch.chdir(tmp_path)
+    assert adapter_metadata.About.of(None, None, "x", "model").prediction is None
+    assert adapter_metadata.of(None, None, name="x", kind="model")["modelspec.title"] == "x"
 
 
 def test_a_file_keeps_what_it_says_of_itself(run, tmp_path):
@@ -267,4 +336,34 @@ def test_tags_are_counted_and_the_rare_ones_left_out_where_they_are_too_many():
     source = SourceConfig(path="x")
     captions = [["a Cat, red"], ["a cat ,blue, "], ["a cat", "red"]]
     assert training.counted(captions, source, 99) == {"a cat": 3, "red": 2, "blue": 1}
-    assert training.counted(captions, source, 8) == {"a cat": 3, "red": 2}
+    assert training.counted(captions, source, 35) == {"a cat": 3, "red": 2}
+
+
+def test_tags_are_bounded_by_the_bytes_that_they_take():
+    tags = [f'{i}猫\\"😀' for i in range(1000)]
+    counts = training.counted([[tag] for tag in tags], SourceConfig(path="x"), 10_000)
+    inner = json.dumps({"ss_tag_frequency": json.dumps({"x": counts})}, ensure_ascii=False)
+    assert 0 < len(counts) < 1000 and 9_900 < len(inner.encode()) <= 10_100
+
+
+def test_a_header_can_always_be_read_back(tmp_path):
+    large = {"ss_seed": "1", "ss_tag_frequency": "\\" * (MAX_HEADER_BYTES // 2)}
+    file = tmp_path / "a.safetensors"
+    (said,) = adapter_metadata.write(file, {"a": torch.ones(2)}, large)
+    assert "ss_tag_frequency is left out" in said
+    found = read_header(file).metadata
+    assert found["ss_seed"] == "1" and "ss_tag_frequency" not in found
+    with pytest.raises(UserError, match="b.safetensors: its metadata would be over 10 MB"):
+        huge = {"sd_atelier": "x" * MAX_HEADER_BYTES}
+        adapter_metadata.write(tmp_path / "b.safetensors", {"a": torch.ones(2)}, huge)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_a_model_s_file_has_kohya_s_hash_beside_kohya_s_entries(tmp_path):
+    stored = {"a": stored_tensors.of_tensor(torch.arange(3.0))}
+    for entries in ({"ss_steps": "1"}, {}):
+        stored_tensors.write(tmp_path / "a", stored, entries, hashed="modelspec.hash_sha256")
+        found = read_header(tmp_path / "a").metadata
+        told = kohya_by_hand.model_hash(tmp_path / "a")
+        assert found["modelspec.hash_sha256"] == f"0x{told}"
+        assert found.get("sshs_model_hash") == (told if entries else None)

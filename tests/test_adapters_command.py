@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from scripts import adapters as command
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import trained
-from train import adapter_factors, adapter_math, export, kohya
+from train import adapter_factors, adapter_math, adapter_tables, export, kohya
 from train.adapter_file import BASE_PREDICTION
 from train.config import ROOT, LoraConfig, TextLoraConfig, UserError
 
@@ -297,6 +298,69 @@ def test_what_a_file_says_of_itself_is_kept_where_it_holds(there, one, tmp_path,
     assert "(as its metadata says)" in run(capsys, "inspect", small)
 
 
+def test_overwriting_replaces_a_lora_as_a_whole(there, one, tmp_path, capsys):
+    output, bare = tmp_path / "out", tmp_path / "bare.safetensors"
+    run(capsys, "resize", there / "dora", f"base={there / 'base'}", "rank=1", f"output={output}")
+    assert (output / "scheduler").is_dir()
+    bare.write_bytes((there / "one" / FILE).read_bytes())
+    run(capsys, "resize", bare, "rank=1", f"output={output}", "overwrite=true")
+    assert [path.name for path in output.iterdir()] == [FILE]  # the other's scheduler went too
+    assert read(output).keys() == one.keys()
+    text = run(capsys, "resize", output, "rank=1", f"output={output}", "overwrite=true")
+    assert error_said(text) < 1e-5  # of itself too
+    assert {path.name for path in tmp_path.iterdir()} == {"out", bare.name}
+
+
+def test_overwriting_deletes_nothing_that_is_no_lora(there, tmp_path):
+    output, model = tmp_path / "out", tmp_path / "model.safetensors"
+    (output / "scheduler").mkdir(parents=True)
+    for name in (FILE, "learned_embeds.safetensors", "README.md", "scheduler/notes.txt"):
+        (output / name).write_text(name)
+    save_file({"weight": torch.ones(2)}, model)
+    said = model.read_bytes()
+    resize = ("resize", str(there / "one"), "rank=1", "overwrite=true")
+    named = "README.md, learned_embeds.safetensors, scheduler/notes.txt, which overwrite=true would"
+    with pytest.raises(UserError, match=named):
+        command.main([*resize, f"output={output}"])
+    with pytest.raises(UserError, match="is no LoRA, and is not overwritten"):
+        command.main([*resize, f"output={model}", "format=kohya"])
+    assert not list(tmp_path.glob(".writing-*"))
+    assert (output / "README.md").read_text() == "README.md" and model.read_bytes() == said
+
+
+def test_doras_changes_are_of_one_layer_at_a_time(there, tmp_path, capsys, monkeypatch):
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = []
+
+    def on_base(factors, weight):
+        made = adapter_math.on_base(factors, weight)
+        alive.update((made.down, made.up))
+        most.append(len(alive))
+        return made
+
+    monkeypatch.setattr(adapter_factors, "on_base", on_base)
+    base, dora = f"base={there / 'base'}", there / "dora"
+    run(capsys, "resize", dora, base, "rank=2", f"output={tmp_path / 'a'}")
+    run(capsys, "merge", dora, f"{dora}:0.5", base, "rank=2", f"output={tmp_path / 'b'}")
+    found = json.loads(run(capsys, "compare", dora, f"{dora}:0.5", base, "format=json"))
+    assert found["distance"] == pytest.approx(0.5) and len(found["layers"]) > 4
+    assert len(most) > len(found["layers"]) and max(most) <= 4  # two factors of each of two files
+
+
+def test_texts_of_a_file_move_no_cursor(there, one, tmp_path, capsys):
+    file = tmp_path / "a.safetensors"
+    keys = ("ss_base_model_version", "modelspec.prediction_type", "ss_training_comment")
+    said = {key: f"{key}\x1b[2J\x07\x9b1m" for key in keys}
+    save_file(load_file(there / "one" / FILE), file, metadata=said)
+    text = run(capsys, "inspect", file)
+    assert "\\x1b[2J" in text and all(key in text for key in keys)
+    assert all(line.isprintable() for line in text.splitlines())
+    found = {"only_first": ["unet.\x1b[2J"], "only_second": [], "files": ["a\x1b", "b"]}
+    row = {"count": 1, "common": 0, "norms": [1.0, 0.0], "cosine": None, "distance": 1.0}
+    text = adapter_tables.compared({**found, **row, "blocks": [{"block": "\x1b other", **row}]})
+    assert all(line.isprintable() for line in text.splitlines())
+
+
 # Mistakes
 
 
@@ -307,6 +371,11 @@ def test_mistakes_are_named_with_their_remedy(there, one, other, tmp_path):
     layer, wide = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", tmp_path / "w"
     factors = {"lora_A.weight": torch.ones(2, 99), "lora_B.weight": torch.ones(64, 2)}
     save_file({f"{layer}.{k}": v for k, v in factors.items()}, f"{wide}.safetensors")
+    kernel = {"lora_A.weight": torch.ones(1, 4, 3, 3), "lora_B.weight": torch.ones(32, 1, 1, 1)}
+    conv = f"{tmp_path / 'conv'}.safetensors"
+    save_file({f"unet.conv_in.{k}": v for k, v in kernel.items()}, conv)
+    large = f"{tmp_path / 'large'}.safetensors"
+    save_file({f"unet.conv_in.{k}": v * 1e6 for k, v in kernel.items()}, large)
     tuned = f"tuned={there / 'tuned'}"
     for arguments, part in {
         ("merg",): "did you mean 'merge'",
@@ -320,6 +389,10 @@ def test_mistakes_are_named_with_their_remedy(there, one, other, tmp_path):
         ("resize", a, "rank=2", f"output={tmp_path / 'full'}"): "is there already.*overwrite=true",
         ("resize", a, "rank=2", output, "format=kohya"): "is a file, NAME.safetensors",
         ("merge", a, "conv_rank=2", output): "conv_rank= needs rank=",
+        ("merge", conv, "rank=1", "conv_rank=0", output): "conv_rank=0 leaves out all layers",
+        ("resize", conv, "rank=1", "conv_rank=0", output): "conv_rank=0 leaves out all layers",
+        ("resize", large, "rank=1", output, "precision=fp16"): "^[^ ]*out: .* and float16 only to",
+        ("merge", a, str(there / "dora"), output): "of full rank.*give rank= or energy=",
         ("extract", tuned, f"base={tmp_path / 'wide'}", "rank=2", output): "not a fine-tune of",
         ("extract", tuned, f"base={there / 'tuned'}", "rank=2", output): "do not differ",
     }.items():

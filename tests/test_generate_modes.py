@@ -210,7 +210,9 @@ def test_a_picture_of_other_input_is_made_anew_and_the_rest_is_kept(make, world,
     make("v", f"image={image}", output="out")
     assert file.stat().st_mtime_ns == stamp
     Image.open(world / "other.png").save(image)
-    (second,) = make("v", f"image={image}", output="out")
+    with pytest.raises(UserError, match=r"00000.png is there .*\(image\).*overwrite=true"):
+        make("v", f"image={image}", output="out")
+    (second,) = make("v", f"image={image}", "overwrite=true", output="out")
     assert not np.array_equal(first, second)
     assert read_settings(file)["image"]["name"] == "own.png"
 
@@ -279,6 +281,41 @@ def test_a_watermark_is_put_on_what_is_made(make):
         make("plain", "width=64", "height=32", "watermark=abc")
 
 
+def test_a_watermark_goes_on_what_the_upscaler_makes(make):
+    assert make("upscaler", "image=@small.png", "watermark=abc")[0].shape == (64, 128, 3)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_depth_reaches_diffusers_within_the_range_of_half_precision(
+    world, tmp_path, monkeypatch, precision
+):
+    from diffusers import StableDiffusionDepth2ImgPipeline as Pipeline
+
+    import scripts.generation.depth as depth
+
+    levels = np.linspace(60_000, 65_535, 64).astype(np.uint16)
+    Image.fromarray(np.tile(levels, (32, 1))).save(tmp_path / "depth.png")
+    large = np.tile(np.linspace(80_000, 80_100, 24, dtype=np.float32), (16, 1))
+    monkeypatch.setattr(depth.Estimator, "estimate", lambda *_: large)
+    seen, prepare = [], Pipeline.prepare_depth_map
+
+    def prepared(self, image, depth_map, batch_size, guided, dtype, device):
+        half = torch.float16 if precision == "fp16" else torch.bfloat16
+        seen.append(prepare(self, image, depth_map.to(half).float(), 1, False, dtype, device))
+        return prepare(self, image, depth_map, batch_size, guided, dtype, device)
+
+    monkeypatch.setattr(Pipeline, "prepare_depth_map", prepared)
+    arguments = [f"model={world / 'depth'}", f"image={world / 'image.png'}", *HOW]
+    for output, more in (("file", [f"depth={tmp_path / 'depth.png'}"]), ("own", [])):
+        generate.main([*arguments, f"output={tmp_path / output}", *more])
+        (values,) = seen
+        assert values.isfinite().all() and len(values[0, 0, 0].unique()) == 8
+        seen.clear()
+    monkeypatch.setattr(depth.Estimator, "estimate", lambda *_: np.ones((16, 24), np.float32))
+    with pytest.raises(UserError, match="estimated of image=.*of one level"):
+        generate.main([*arguments, f"output={tmp_path / 'flat'}"])
+
+
 FAULTS = [
     ("depth", [], "from text alone; give image=FILE$"),
     ("inpainting", [IMAGE], "mask=FILE, or what to add with outpaint=PIXELS"),
@@ -304,6 +341,10 @@ FAULTS = [
     ("plain", ["image=@torn.png"], "cannot be read as a picture"),
     ("plain", ["image=@gone.png"], "cannot be read as a picture .No such file"),
     ("depth-of-none", [IMAGE], "cannot estimate depth .*give depth=FILE"),
+    ("upscaler", ["image=@small.png", "noise_level=50"], "noise_level=50 .* give at most 49"),
+    ("plain", ["noise_level=20"], "noise_level=20 is for the x4 upscaler"),
+    ("plain", ["steps=1001"], "steps=1001 is more than the 1000 timesteps"),
+    ("upscaler", ["image=@small.png", "steps=1001"], "steps=1001 is more than the 1000 timesteps"),
     ("plain", ["adapters=@inpainting-adapter", "prompt=x", "seeds=[1]"], "leave out seed="),
 ]
 

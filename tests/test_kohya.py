@@ -299,6 +299,39 @@ def test_another_base_is_refused(trained, tmp_path):
             adapter_file.check([Adapter(tmp_path / "a.safetensors", 1.0)], wide)
 
 
+NOT_OURS = {
+    "lora_te2_text_model_encoder_layers_0_self_attn_q_proj": "a second text encoder",
+    "text_encoder_2.text_model.encoder.layers.0.mlp.fc1": "a second text encoder",
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": "names of single files",
+    "lora_unet_add_embedding_linear_1": "no layer of the UNet",
+    "transformer.blocks.0.attn.to_q": "no layer of the UNet",
+    "lora_te1_text_model_other_fc1": "no layer of the UNet or the text encoder",
+}
+
+
+@pytest.mark.parametrize("layer", NOT_OURS)
+def test_layers_of_other_families_are_refused(tmp_path, layer):
+    file = tmp_path / "xl.safetensors"
+    factors = {"down": torch.ones(2, 8), "up": torch.ones(8, 2)}
+    save_file({f"{layer}.lora_{k}.weight": t for k, t in factors.items()}, file)
+    for convert in (kohya.to_diffusers, kohya.from_diffusers):
+        with pytest.raises(UserError, match=f"xl.safetensors: {layer} .*{NOT_OURS[layer]}"):
+            convert(file)
+    with pytest.raises(UserError, match=NOT_OURS[layer]):
+        kohya.path_of(layer)
+
+
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_text_as_wide_as_that_of_another_family_is_refused(tmp_path, which):
+    layer = f"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_{which}"
+    state = {f"{layer}.lora_A.weight": torch.ones(2, 2048)}
+    state[f"{layer}.lora_B.weight"] = torch.ones(8, 2)
+    save_file(state, tmp_path / "xl.safetensors")
+    for convert in (kohya.to_diffusers, kohya.from_diffusers):
+        with pytest.raises(UserError, match="xl.safetensors: .* takes text 2048 wide"):
+            convert(tmp_path / "xl.safetensors")
+
+
 # Embeddings
 
 

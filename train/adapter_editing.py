@@ -58,8 +58,9 @@ class Row:
 def merged(
     sources: Sequence[tuple[Changes, float]], size: Size, progress: Progress = silent
 ) -> Changes:
-    """The weighted sum of adapters: as it is, with the ranks added up, or cut to a size."""
-    found: Changes = {}
+    """The weighted sum of adapters: as it is, with the ranks added up, or cut to a size. Raises
+    UserError where a size leaves no layer."""
+    found: dict[str, Factors] = {}
     names = list(dict.fromkeys(name for changes, _ in sources for name in changes))
     for done, name in enumerate(names, 1):
         whole = _sum_of(sources, name)
@@ -70,6 +71,11 @@ def merged(
             whole = adapter_math.reduced(whole, rank=rank, energy=size.energy)
         found[name] = replace(whole, down=whole.down.float(), up=whole.up.float())
         progress(done, len(names))
+    if not found:
+        raise UserError(
+            "conv_rank=0 leaves out all layers: every one is a convolution larger than 1x1. Give "
+            "conv_rank=1 or more, or leave it out"
+        )
     return found
 
 
@@ -99,7 +105,7 @@ def extracted(
 ) -> Changes:
     """What fine-tuning did to linear layers and convolutions, as factors; layers that it left alone
     are left out. Raises UserError for models of different shapes, and where nothing changed."""
-    found: Changes = {}
+    found: dict[str, Factors] = {}
     names = common_layers(tuned, base, parts)
     for done, name in enumerate(names, 1):
         change = difference(tuned.layers[name], base.layers[name])

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import lora_file
 from train.adapter_file import BASE_PREDICTION, EMBEDDING
 from train.adapter_settings import OURS, scheduler
+from train.config import EvaluationConfig, ModelConfig, UserError
 from train.lora_file import FileLayer
 from train.run_record import Run, read_json
 from train.safetensors_file import (
+    MAX_HEADER_BYTES,
     end_of_header,
     read_header,
     safetensors_content,
@@ -38,11 +39,20 @@ _NAMES = {768: "SD 1", 1024: "SD 2"}  # by the width of the text
 _VERSIONS = {"SD 1": "v1", "SD 2": "v2"}
 _PREDICTIONS = {"sd_v1": "epsilon", "sd_v2": "epsilon", "sd_v2_v": "v_prediction"}
 _SPECIAL = {"depth": "-depth", "inpainting": "-inpainting"}
+_TAGS = "ss_tag_frequency"
+_HASHES = 512  # bytes that the hashes take of a header, at the most
+_LOCAL = ("diffusers folder", "single file")
+# The settings that are paths on this machine, or may be: a list of them in `images`.
+_PATHS = {"path", "class_path", "cache", "output", "start_from", "config", "images"}
+_PATHS |= {"clip", "features", "dino", "protocol"}
+_HUB = "hf:"  # how the hub's data sets are written in data.path
+_DEFAULTS = (ModelConfig().path, EvaluationConfig().clip)  # hub ids
 _LEGACY = slice(0x100000, 0x110000)  # what web UIs once hashed of a file
 
 
 def of(file: Path | None, run: Path | None, *, name: str, kind: str) -> dict[str, str]:
-    """The metadata of an export called `name`, without the hashes, which `write` adds.
+    """The metadata of an export called `name`, without the hashes, which `write` adds. A model's
+    architecture and prediction type are left to its folder (train/ldm_settings.py).
 
     kind: "lora", "textual-inversion" or "model", as ModelSpec calls adapters. file: the adapter's,
     as it was trained; run: its run directory. Without a run it is what the
@@ -59,11 +69,27 @@ def of_run(run: Path, file: Path, kind: str) -> dict[str, str]:
     return of(file, run, name=run.absolute().name, kind=kind)
 
 
-def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[str]:
     """Writes a safetensors file with its hashes in its metadata: `sshs_model_hash` and
-    `modelspec.hash_sha256` of the bytes after the header, and kohya's `sshs_legacy_hash`."""
+    `modelspec.hash_sha256` of the bytes after the header, and kohya's `sshs_legacy_hash`.
+
+    Where its header would be too large to be read back, the frequencies of the tags are left out.
+    Returns what should be known of that. Raises UserError where it is too large without them.
+    """
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     content = safetensors_content(tensors, training)
+    rest = {key: value for key, value in metadata.items() if key not in training}
+    if end_of_header(content) + len(json.dumps(rest)) + _HASHES > MAX_HEADER_BYTES:
+        if _TAGS not in metadata:
+            raise UserError(
+                f"{file}: its metadata would be over {MAX_HEADER_BYTES >> 20} MB, and no reader "
+                "take it: shorten what the run's configuration and manifest.json say"
+            )
+        fewer = {key: value for key, value in metadata.items() if key != _TAGS}
+        return [
+            f"{_TAGS} is left out, as the header would be too large",
+            *write(file, tensors, fewer),
+        ]
     sha256 = hashlib.sha256(memoryview(content)[end_of_header(content) :]).hexdigest()
     hashes = {
         "sshs_model_hash": sha256,
@@ -72,6 +98,7 @@ def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         "modelspec.hash_sha256": f"0x{sha256}",
     }
     write_safetensors(file, tensors, {**metadata, **hashes})
+    return []
 
 
 @dataclass(frozen=True)
@@ -91,7 +118,8 @@ class About:
 
     @classmethod
     def of(cls, file: Path | None, run: Path | None, name: str, kind: str) -> About:
-        folder = file.parent if file is not None else (run or Path()) / "full"
+        folder = file.parent if file is not None else run / "full" if run is not None else None
+        beside = read_json(folder / "scheduler" / "scheduler_config.json") if folder else {}
         within = scheduler(read_header(file).metadata) if file is not None else {}
         return cls(
             name,
@@ -100,7 +128,7 @@ class About:
             Run.read(run, {}) if run is not None else None,
             lora_file.layers(file) if file is not None and kind == "lora" else {},
             _own_metadata(file) if file is not None else {},
-            read_json(folder / "scheduler" / "scheduler_config.json") or within,
+            beside or within,
         )
 
     @cached_property
@@ -171,9 +199,8 @@ def _of_base(about: About) -> dict[str, str]:
         found["ss_base_model_version"] = f"sd_{_VERSIONS[family[:4]]}{v}"
     path = about.base.get("path")
     if path:
-        is_local = os.path.exists(path) or os.path.isabs(path)
-        found["ss_sd_model_name"] = os.path.basename(os.path.abspath(path)) if is_local else path
-        found |= _file_hashes(Path(path))
+        found["ss_sd_model_name"] = name_of_path(path, hubs=hub_ids(about.base))
+        found |= _file_hashes(Path(path)) if about.base.get("kind") in (None, _LOCAL[1]) else {}
     return as_text(found)
 
 
@@ -240,38 +267,75 @@ def _of_run(about: About) -> dict[str, str]:
 
 def without_folders(value: Any, run: Run) -> Any:
     """A record to be published: of paths on this machine only the names."""
+    hubs = hub_ids(run.manifest.get("base"))
+    paths = sorted(_paths(run.settings), key=len, reverse=True)
+    local = {path: name for path in paths if (name := name_of_path(path, hubs=hubs)) != path}
+    return _published(value, local, hubs)
+
+
+def _published(value: Any, local: Mapping[str, str], hubs: Collection[str], key: str = "") -> Any:
+    """key: what the value is called in the record. local: names of paths in the configuration."""
     if isinstance(value, dict):
-        return {k: without_folders(v, run) for k, v in value.items() if k != "recognised"}
+        kept = {k: v for k, v in value.items() if k != "recognised"}
+        return {k: _published(v, local, hubs, str(k)) for k, v in kept.items()}
     if isinstance(value, list | tuple):
-        return [without_folders(item, run) for item in value]
+        return [_published(item, local, hubs, key) for item in value]
     if not isinstance(value, str):
         return value
-    for path in sorted(_paths(run.settings), key=len, reverse=True):
-        value = value.replace(path, Path(path).name)
+    if key in _PATHS:
+        return name_of_path(value, hubs=hubs)
+    if key == "changes":  # like "data.path: 'here/a' -> 'there/b'", of settings that are no more
+        value = re.sub(r"(?<=')[^']*[/\\][^']*(?=')", partial(_name_in, hubs=hubs), value)
+    for path, name in local.items():
+        value = re.sub(
+            rf"(?<![\w./\\-]){re.escape(path)}(?![\w-])", name.replace("\\", r"\\"), value
+        )
     return re.sub(r"(?<![\w.:/\\-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\]+[/\\])*(?=[^\s/\\])", "", value)
 
 
-def _paths(settings: Any) -> set[str]:
-    """The absolute paths in a configuration."""
-    if isinstance(settings, dict | list):
-        items = settings.values() if isinstance(settings, dict) else settings
-        return set().union(*map(_paths, items)) if items else set()
-    is_path = isinstance(settings, str) and Path(settings).is_absolute() and len(settings) > 1
+def _name_in(match: re.Match[str], *, hubs: Collection[str]) -> str:
+    return name_of_path(match[0], hubs=hubs)
+
+
+def name_of_path(path: str, *, hubs: Collection[str]) -> str:
+    """A path's last component, unless it is one of the hub's ids or data sets."""
+    if path in hubs or path.startswith(_HUB):
+        return path
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def hub_ids(base: Any) -> set[str]:
+    """Which paths are none: our defaults, and the base where it was on the hub when it was trained
+    on. base: as the manifest has it."""
+    base = base if isinstance(base, dict) else {}
+    path, kind = str(base.get("path")), base.get("kind")
+    found = {*_DEFAULTS, path} if kind == "hub id" else {*_DEFAULTS}
+    if kind in _LOCAL:
+        found.discard(path)
+    return {one for one in found if not one.endswith(".safetensors")}
+
+
+def _paths(settings: Any, key: str = "") -> set[str]:
+    """The paths in a configuration."""
+    if isinstance(settings, dict):
+        return set().union(*(_paths(value, str(k)) for k, value in settings.items()))
+    if isinstance(settings, list):
+        return set().union(*(_paths(value, key) for value in settings))
+    is_path = isinstance(settings, str) and (
+        (key in _PATHS and bool(re.search(r"\w[/\\]", settings)))
+        or (Path(settings).is_absolute() and len(settings) > 1)
+    )
     return {settings} if is_path else set()
 
 
 def _spec(about: About) -> dict[str, str]:
     """ModelSpec's keys."""
-    architecture = _architecture(about) or about.before.get("modelspec.architecture")
-    if architecture is None:
-        return {}
     sides = about.setting("data.resolution") or about.base.get("resolution")
     side = max(sides) if isinstance(sides, list) else sides
     shift = (about.setting("diffusion.min_timestep"), about.setting("diffusion.max_timestep"))
     last = about.base.get("timesteps", 1000) - 1
     found = {
         "sai_model_spec": "1.0.1",
-        "architecture": architecture,
         # Whose names the tensors have: a textual inversion's are Stability's.
         "implementation": "diffusers"
         if about.kind == "lora"
@@ -279,12 +343,21 @@ def _spec(about: About) -> dict[str, str]:
         "title": about.name,
         "resolution": f"{side}x{side}" if side else None,
         "date": _date(about),
-        "prediction_type": {"v_prediction": "v"}.get(str(about.prediction), about.prediction),
         "trigger_phrase": _trigger(about),
         "timestep_range": f"{shift[0] or 0},{shift[1] or last}" if any(shift) else None,
         "implementation_version": _version(about),
+        **_of_architecture(about),
     }
     return {f"modelspec.{key}": str(value) for key, value in found.items() if value}
+
+
+def _of_architecture(about: About) -> dict[str, str | None]:
+    if about.kind == "model":
+        return {}
+    return {
+        "architecture": _architecture(about) or about.before.get("modelspec.architecture"),
+        "prediction_type": {"v_prediction": "v"}.get(str(about.prediction), about.prediction),
+    }
 
 
 def _architecture(about: About) -> str | None:
@@ -297,8 +370,7 @@ def _architecture(about: About) -> str | None:
         if about.prediction is None:
             return None
         special = "-768-v" if about.prediction == "v_prediction" else "-512"
-    what = "" if about.kind == "model" else f"/{about.kind}"
-    return f"stable-diffusion-{version}{special}{what}"
+    return f"stable-diffusion-{version}{special}/{about.kind}"
 
 
 def _date(about: About) -> str | None:

@@ -104,11 +104,11 @@ def compare(files: Sequence[Path], both: Sequence[Changes]) -> dict[str, Any]:
     """How two adapters' changes differ, all in all and by block; a layer that one of them leaves
     alone counts as 0 there.
 
-    both: of the files, scaled, without DoRA. Raises UserError for adapters of different bases.
+    both: of the files, scaled, without DoRA, of the same base (`adapter_factors.check_alike`).
     """
-    adapter_factors.check_alike(files, both)
     one, other = both
-    layers = [_pair(name, one.get(name), other.get(name)) for name in {**one, **other}]
+    names = dict.fromkeys((*one, *other))
+    layers = [_pair(name, one.get(name), other.get(name)) for name in names]
     layers.sort(key=lambda row: in_order(row["layer"]))
     return {
         "files": [str(file) for file in files],

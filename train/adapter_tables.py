@@ -24,24 +24,27 @@ def inspected(found: Mapping[str, Any]) -> str:
     lines += ["", "metadata"] if found["metadata"] else []
     for key, value in found["metadata"].items():
         text = " ".join(value.split())
-        lines.append(f"  {shown(key)}  {text[:_SHOWN]}{'...' if len(text) > _SHOWN else ''}")
+        more = "..." if len(text) > _SHOWN else ""
+        lines.append(f"  {shown(key)}  {shown(text[:_SHOWN])}{more}")
     return "\n".join(lines)
 
 
 def _summary(found: Mapping[str, Any]) -> list[str]:
     family = found["family"] or "not told by its layers"
-    base = [family, *(found[key] for key in ("version", "prediction_type") if found[key])]
+    said_of = [found[key] for key in ("version", "prediction_type") if found[key]]
+    base = [family, *(shown(str(text)) for text in said_of)]
     said = {None: "", True: " (as its metadata says)", False: " (its metadata says another)"}
     norm = f"{found['norm']:.4g}"
     if "relative_norm" in found:
         norm += f", {_number(found['relative_norm'], '.3g')} of the base's"
+    size = f"{found['bytes'] / 2**20:.2f} MiB"
     rows = {
-        "file": f"{found['file']} ({found['bytes'] / 2**20:.2f} MiB, format: {found['format']})",
+        "file": f"{_path(found['file'])} ({size}, format: {found['format']})",
         "base": ", ".join(base),
         "layers": f"{found['count']}: {_listed(found['targets'])}",
         "rank": _listed(found["ranks"]),
         "alpha": _listed(found["alphas"]),
-        "numbers": f"{found['parameters']:,} in {', '.join(found['dtypes'])}",
+        "numbers": f"{found['parameters']:,} in {', '.join(map(shown, found['dtypes']))}",
         "norm": norm,
         "sha256": found["hashes"]["sha256"],
         "tensors": f"{found['hashes']['sshs_model_hash']}{said[found['hashes']['as_said']]}",
@@ -57,7 +60,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 def _block_table(blocks: Sequence[Row]) -> list[str]:
     columns: dict[str, Callable[[Row], str]] = {
-        "block": lambda row: row["block"],
+        "block": lambda row: shown(row["block"]),
         "layers": lambda row: str(row["count"]),
         "rank": lambda row: _range(row["ranks"]),
         "effective rank": lambda row: _number(row["effective_rank"], ".1f"),
@@ -71,7 +74,7 @@ def _block_table(blocks: Sequence[Row]) -> list[str]:
 def compared(found: Mapping[str, Any]) -> str:
     """`compare`'s figures as text."""
     columns: dict[str, Callable[[Row], str]] = {
-        "block": lambda row: row["block"],
+        "block": lambda row: shown(row["block"]),
         "layers": lambda row: str(row["count"]),
         "in both": lambda row: str(row["common"]),
         "norm of first": lambda row: f"{row['norms'][0]:.4g}",
@@ -81,7 +84,7 @@ def compared(found: Mapping[str, Any]) -> str:
     }
     rows = [*found["blocks"], {"block": "all", **found}]
     only = [
-        f"only {file} changes {len(names)} layers, like {names[0]}"
+        f"only {_path(file)} changes {len(names)} layers, like {shown(names[0])}"
         for file, names in zip(
             found["files"], (found["only_first"], found["only_second"]), strict=True
         )
@@ -90,6 +93,11 @@ def compared(found: Mapping[str, Any]) -> str:
     return "\n".join(
         [*table(columns, rows), "distance: of the changes, over the first's norm", *only]
     )
+
+
+def _path(text: str) -> str:
+    """A path that may have been downloaded: whole, and without what moves a terminal's cursor."""
+    return text if text.isprintable() else ascii(text)
 
 
 def _number(value: float | None, format: str) -> str:
@@ -102,7 +110,7 @@ def edited(rows: Sequence[adapter_editing.Row]) -> str:
     for row in rows:
         blocks.setdefault(block_of(row.layer), []).append(row)
     columns: dict[str, Callable[[tuple[str, list[adapter_editing.Row]]], str]] = {
-        "block": lambda one: one[0],
+        "block": lambda one: shown(one[0]),
         "layers": lambda one: str(len(one[1])),
         "rank before": lambda one: _range(row.rank_before for row in one[1]),
         "rank": lambda one: _range(row.rank for row in one[1]),

@@ -40,6 +40,14 @@ _WORDS = re.compile(
 _ATTENTION = re.compile(
     r"text_encoder_encoder_layers_(?P<number>\d+)_self_attn_(?P<which>[a-z]+)_proj"
 )
+# The modules that a layer's path begins with in diffusers' UNet and in CLIP's text encoder.
+_MODULES = {
+    "unet": r"conv_in|time_embedding|down_blocks|mid_block|up_blocks|conv_out",
+    "text_encoder": r"embeddings|encoder|final_layer_norm",
+}
+_LDM = re.compile(r"unet_(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)_")
+_SECOND = re.compile(r"te2_|text_encoder_2_")
+_XL_WIDTH = 2048  # of the text
 _TOGETHER = ("q", "k", "v", "out")  # one matrix in OpenCLIP's text encoder, and its output's
 _COARSE = 0.01  # share of a tensor that rounding may change without a word
 
@@ -52,12 +60,42 @@ def name_of(layer: str) -> str:
 
 def path_of(layer: str) -> str:
     """diffusers' name of a layer from any other: `unet.mid_block...`,
-    `text_encoder.text_model...`."""
+    `text_encoder.text_model...`. Raises UserError for a layer that neither of the two has."""
     name = spelled(layer)
+    _check_name(layer, name)
     part = "text_encoder" if name.startswith("text_encoder_") else name.partition("_")[0]
     words = _WORDS.sub(lambda match: match[0].replace("_", " "), name.removeprefix(f"{part}_"))
     within = "text_model." if part == "text_encoder" else ""
     return f"{part}.{within}{words.replace('_', '.').replace(' ', '_')}"
+
+
+def _check_name(layer: str, name: str) -> None:
+    """That a layer, `name` as `spelled`, is one of Stable Diffusion 1 and 2."""
+    begins = (f"{part}_(?:{modules})(?:_|$)" for part, modules in _MODULES.items())
+    if any(re.match(one, name) for one in begins):
+        return
+    if _SECOND.match(name):
+        why = "is of a second text encoder, as Stable Diffusion XL has"
+    elif _LDM.match(name):
+        why = "is of a UNet with the names of single files, as LoRAs of Stable Diffusion XL have"
+    else:
+        why = "is no layer of the UNet or the text encoder"
+    raise UserError(f"{shown(layer)} {why}: only LoRAs of Stable Diffusion 1 and 2 are read here")
+
+
+def _check_family(file: Path, layers: Mapping[str, FileLayer]) -> None:
+    """Raises UserError for a LoRA of another family than Stable Diffusion 1 and 2."""
+    for layer, about in layers.items():
+        name = spelled(layer)
+        try:
+            _check_name(layer, name)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+        if lora_file.tells_text_width(name) and about.shape[1] == _XL_WIDTH:
+            raise UserError(
+                f"{file}: {shown(layer)} takes text {_XL_WIDTH} wide, as Stable Diffusion XL's is: "
+                "only LoRAs of Stable Diffusion 1 and 2 are read here"
+            )
 
 
 def from_diffusers(
@@ -68,7 +106,8 @@ def from_diffusers(
     Every alpha is an fp32 scalar of its own, whatever the file's settings made the scale of.
     dtype: of the other tensors; default: as they are. base_shapes: of the base's weights by
     spelling, which tell linear layers from 1x1 convolutions; default: as trained. Raises UserError
-    for what is no LoRA, does not fit the base, is not finite or would not be in `dtype`.
+    for what is no LoRA of SD 1 or 2, does not fit the base, is not finite or would not be in
+    `dtype`.
     """
     import torch
 
@@ -152,6 +191,7 @@ def _converted(
     """The tensors in a format, without alphas, and a word on those that rounding changed."""
     from safetensors.torch import load_file
 
+    _check_family(file, layers)
     content = load_file(file)
     tensors: dict[str, Tensor] = {}
     lost: dict[str, float] = {}
@@ -286,8 +326,7 @@ def write(
     """Writes a LoRA file in kohya's format; returns what should be known of it. As
     `from_diffusers`, with the metadata, which its hashes are added to."""
     tensors, warnings = from_diffusers(adapter_file, dtype=dtype, base_shapes=base_shapes)
-    adapter_metadata.write(output, tensors, metadata)
-    return warnings
+    return [*warnings, *adapter_metadata.write(output, tensors, metadata)]
 
 
 def write_diffusers(
@@ -301,8 +340,7 @@ def write_diffusers(
     """The same in diffusers' format, from either."""
     tensors, settings, warnings = to_diffusers(adapter_file, dtype=dtype, base_shapes=base_shapes)
     about = {**metadata, "format": "pt", KEY: json.dumps(settings, indent=2, sort_keys=True)}
-    adapter_metadata.write(output, tensors, about)
-    return warnings
+    return [*warnings, *adapter_metadata.write(output, tensors, about)]
 
 
 def write_embedding(
@@ -320,7 +358,7 @@ def write_embedding(
         )
     ((word, rows),) = load_file(learned_embeds).items()
     rows, share = _rounded(learned_embeds, word, rows.reshape(-1, rows.shape[-1]), dtype)
-    adapter_metadata.write(output, {EMBEDDING: rows}, metadata)
+    cut = adapter_metadata.write(output, {EMBEDDING: rows}, metadata)
     named = f"web UIs call an embedding by its file's name: write {output.stem} in prompts"
     own = [] if word in (EMBEDDING, output.stem) else [f"{named} in place of {shown(word)}"]
-    return [*own, *_on_rounding({word: share}, dtype)]
+    return [*own, *_on_rounding({word: share}, dtype), *cut]

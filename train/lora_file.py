@@ -72,7 +72,7 @@ def spelled(layer: str) -> str:
 
 def tells_text_width(layer: str) -> bool:
     """Whether a layer, as `spelled`, has as many inputs as the base's text has numbers."""
-    return layer.endswith("attn2_to_k") or bool(
+    return layer.endswith(("attn2_to_k", "attn2_to_v")) or bool(
         re.fullmatch(r"text_encoder_encoder_layers_\d+_self_attn_[qkv]_proj", layer)
     )
 

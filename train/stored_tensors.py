@@ -29,7 +29,8 @@ _KINDS = {
     "F16": ("float16", 2),
     "BF16": ("bfloat16", 2),
 }
-_UNKNOWN_HASH = "0x" + 64 * "0"
+_UNKNOWN = 64 * "0"  # stands for a sha256
+_KOHYA_HASH = "sshs_model_hash"
 
 
 @dataclass(frozen=True)
@@ -111,17 +112,25 @@ def write(
     """Writes a safetensors file, whole or not at all, in the memory of the largest tensor.
 
     Equal tensors and metadata make equal bytes. hashed: an entry of the metadata that gets the
-    sha256 of all that follows the header, as `0x...`.
+    sha256 of all that follows the header, as `0x...`. Beside kohya's entries (`ss_*`) stands
+    kohya's own, which is the same without `0x`.
     """
     order = sorted(tensors, key=lambda name: (-_KINDS[tensors[name].kind][1], name))
-    about = dict(metadata) | ({hashed: _UNKNOWN_HASH} if hashed else {})
+    entries = {hashed: "0x"} if hashed else {}
+    entries |= {_KOHYA_HASH: ""} if any(key.startswith("ss_") for key in metadata) else {}
+    about = dict(metadata) | _hashes(entries, _UNKNOWN)
     ordered = {name: tensors[name] for name in order}
     with whole(path) as file:
         file.write(_header(ordered, about))
         digest = _write_tensors(file, ordered)
-        if hashed:
+        if entries:
             file.seek(0)
-            file.write(_header(ordered, about | {hashed: f"0x{digest}"}))
+            file.write(_header(ordered, about | _hashes(entries, digest)))
+
+
+def _hashes(entries: Mapping[str, str], digest: str) -> dict[str, str]:
+    """entries: how each begins."""
+    return {key: f"{prefix}{digest}" for key, prefix in entries.items()}
 
 
 def _header(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:

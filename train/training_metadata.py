@@ -4,6 +4,7 @@ trained, in the words of kohya's trainer, from a run directory."""
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from train.config import CaptionConfig, DataConfig, SourceConfig
 from train.pictures import index_file
 from train.run_record import Run
 
-MAX_LETTERS = 2_000_000  # of all tags, the most frequent ones; a header may have 10 MB
+MAX_TAG_BYTES = 4 << 20  # of all tags in the header, the most frequent ones; it may have 10 MB
 _LOSSES = {"mse": "l2"}
 
 
@@ -90,7 +91,8 @@ def times(run: Run, file: Path | None) -> tuple[float | None, float | None]:
     last. They are right as long as copies of the run keep their times."""
     first = [run.folder / "manifest.json", *(run.folder / "previews" / "base").glob("*.png")]
     began = [path.stat().st_mtime for path in first if path.is_file()]
-    ended = file.stat().st_mtime if file is not None and file.is_file() else None
+    last = file if file is not None else run.folder / "metrics.jsonl"
+    ended = last.stat().st_mtime if last.is_file() else None
     return min(began, default=None), ended
 
 
@@ -149,17 +151,18 @@ def of_data(run: Run) -> dict[str, Any]:
 def _of_sources(run: Run) -> dict[str, Any]:
     sources = [source for source in run.dataset.get("sources", []) if isinstance(source, dict)]
     repeats = {settings.name: settings.repeats for _, settings in _settings(run)}
-    folders = {
+    folders: dict[str, Any] = {
         str(source.get("name")): {
             "n_repeats": repeats.get(source.get("name"), 1),
             "img_count": source.get("pictures", 0),
         }
         for source in sources
     }
+    images = sum(folder["n_repeats"] * folder["img_count"] for folder in folders.values())
+    known = {"ss_dataset_dirs": folders, "ss_num_train_images": images} if folders else {}
     return {
-        "ss_dataset_dirs": folders,
+        **known,
         "ss_reg_dataset_dirs": {},
-        "ss_num_train_images": sum(f["n_repeats"] * f["img_count"] for f in folders.values()),
         "ss_num_reg_images": _class_pictures(run),
         "ss_tag_frequency": dict(_tags(run)),
     }
@@ -199,12 +202,12 @@ def _tags(run: Run) -> Iterator[tuple[str, dict[str, int]]]:
             captions = Table.open(index_file(data, source)).column("captions")
         except (OSError, ValueError):
             continue
-        yield str(source.name), counted(captions, source, MAX_LETTERS // len(sources))
+        yield str(source.name), counted(captions, source, MAX_TAG_BYTES // len(sources))
 
 
-def counted(captions: list[list[str]], source: SourceConfig, letters: int) -> dict[str, int]:
+def counted(captions: list[list[str]], source: SourceConfig, size: int) -> dict[str, int]:
     """The tags of captions with how often they are there, the most frequent ones first, so many
-    that they have no more than so many letters together."""
+    that they take no more than so many bytes of a header."""
     wording = source.captions or CaptionConfig()
     counts: Counter[str] = Counter()
     for several in captions:
@@ -212,5 +215,11 @@ def counted(captions: list[list[str]], source: SourceConfig, letters: int) -> di
             tags = (tag.strip().lower() for tag in caption.split(wording.separator))
             counts.update(tag for tag in tags if tag)
     ordered = counts.most_common()
-    ends = accumulate(len(tag) for tag, _ in ordered)
-    return dict(pair for pair, end in zip(ordered, ends, strict=True) if end <= letters)
+    ends = accumulate(_size(tag, count) for tag, count in ordered)
+    return dict(pair for pair, end in zip(ordered, ends, strict=True) if end <= size)
+
+
+def _size(tag: str, count: int) -> int:
+    """Bytes of a tag in a header: JSON within JSON, so that what is escaped is escaped twice."""
+    entry = json.dumps({tag: count})[1:-1] + ", "
+    return len(json.dumps(entry)) - len('""')

@@ -17,6 +17,8 @@ Mode = Literal["txt2img", "img2img", "inpaint", "depth2img", "upscale"]
 # How much of a picture is drawn anew where strength= does not say.
 STRENGTHS: dict[Mode, float] = {"img2img": 0.8, "depth2img": 0.8, "inpaint": 1.0}
 _SIDES = 4
+_NOISE = 20
+_SEEDS = 2**63
 _FARTHEST = 4096  # pixels
 
 
@@ -53,12 +55,15 @@ class GenerateConfig(SamplingConfig):
     control_image: list[Path] = []
     """Of each ControlNet its map (edges, depth, pose), as it was trained to read it; or a folder
     with one of each picture's name."""
-    noise_level: int = Field(20, ge=0)
-    """For the x4 upscaler: noise on the picture before it is enlarged; more invents more."""
+    noise_level: int | None = Field(None, ge=0)
+    """For the x4 upscaler: noise on the picture before it is enlarged; more invents more. Default
+    20."""
     weighting: bool = True
     """(word:1.3), (word) and [word] in prompts weigh; \\( is a bracket. false: as it stands."""
     grid: bool = False
     """Also write grid.png, a sheet of all pictures: prompts down, seeds across."""
+    overwrite: bool = False
+    """Replace pictures in `output` that are there and were made with other settings."""
     watermark: str | None = None
     """1 to 4 letters to hide in the pixels, where they survive JPEG, cropping and resizing;
     eval/watermark.py finds them again."""
@@ -103,7 +108,24 @@ class GenerateConfig(SamplingConfig):
             )
         if self.seeds and (self.count > 1 or self.seed):
             raise ValueError("seeds= lists all seeds: leave out seed= and count=")
+        self.check_seeds(self.count * max(1, len(self.prompts)))
         return self
+
+    def check_seeds(self, pictures: int) -> None:
+        """Raises ValueError where one of so many pictures would have no seed."""
+        key, last = "seed", self.seed + pictures - 1
+        if self.seeds:
+            key, last = "seeds", max(self.seeds)
+        if last >= _SEEDS:
+            raise ValueError(
+                f"{key}=: the greatest seed of a picture would be {last}, and has to be below "
+                f"2**63 = {_SEEDS}; picture k has seed + k"
+            )
+
+    @property
+    def noise(self) -> int:
+        """The noise level of the x4 upscaler."""
+        return _NOISE if self.noise_level is None else self.noise_level
 
     def drawn_anew(self, mode: Mode) -> float | None:
         """The strength of that mode; None where it has none."""
@@ -115,6 +137,11 @@ def mode_of(config: GenerateConfig, base: BaseModel | None) -> Mode:
     of a family that does not do that."""
     if base is None:
         return _upscale(config)
+    if config.noise_level is not None:
+        raise UserError(
+            f"noise_level={config.noise_level} is for the x4 upscaler, and model.path={base.path} "
+            f"is {base.family}: leave it out"
+        )
     if base.family.channels == 4:
         return _of_text(config, base)
     if config.image is None:
@@ -170,8 +197,9 @@ def _refuse(config: GenerateConfig, keys: tuple[str, ...], why: str) -> None:
             raise UserError(f"{key}= does not go with this base: model.path={why}")
 
 
-def check_watermark(config: GenerateConfig, sizes: Iterable[Size]) -> None:
-    """Raises UserError for a watermark that does not fit what is to be made at those sizes."""
+def check_watermark(config: GenerateConfig, sizes: Iterable[Size], factor: int = 1) -> None:
+    """Raises UserError for a watermark that does not fit what is to be made, `factor` times as
+    large as those sizes."""
     if config.watermark is None:
         return
     from eval.watermark import SMALLEST, check_payload
@@ -180,15 +208,22 @@ def check_watermark(config: GenerateConfig, sizes: Iterable[Size]) -> None:
         check_payload(config.watermark.encode())
     except ValueError as error:
         raise UserError(f"watermark={config.watermark}: {error}") from None
-    if small := next((size for size in sizes if min(size) < SMALLEST), None):
+    made = ((factor * width, factor * height) for width, height in sizes)
+    if small := next((size for size in made if min(size) < SMALLEST), None):
         raise UserError(
             f"watermark={config.watermark} needs pictures of {SMALLEST} pixels a side, and one is "
             f"to have {small[0]} x {small[1]}"
         )
 
 
-def check_steps(config: GenerateConfig, mode: Mode) -> None:
-    """Raises UserError where the strength leaves no step to take."""
+def check_steps(config: GenerateConfig, mode: Mode, timesteps: int) -> None:
+    """Raises UserError for more steps than the base has `timesteps`, and where the strength leaves
+    no step to take."""
+    if config.steps > timesteps:
+        raise UserError(
+            f"steps={config.steps} is more than the {timesteps} timesteps that "
+            f"model.path={config.model.path} was trained at: lower it"
+        )
     strength = config.drawn_anew(mode)
     if strength is not None and int(config.steps * strength) < 1:
         raise UserError(

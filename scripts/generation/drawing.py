@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.maps import DOWN
 from eval.generation import finite_uint8
 from scripts.generation.config import GenerateConfig, Mode
-from scripts.generation.inputs import Source, pasted
+from scripts.generation.inputs import Source, pasted, scaled
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +109,7 @@ class Drawing:
         elif self.mode == "depth2img":
             given["depth_map"] = _tensor(np.stack([self._depth(source_of(job)) for job in jobs]))
         elif self.mode == "upscale":
-            given["noise_level"] = self.config.noise_level
+            given["noise_level"] = self.config.noise
         return given | (self._controls(jobs) if self.scales else {})
 
     def _controls(self, jobs: Sequence[Job]) -> dict[str, Any]:
@@ -126,7 +127,9 @@ class Drawing:
         if source.depth is not None:
             return source.depth_map()
         assert self.estimator is not None
-        return self.estimator.estimate(self._picture(source))
+        seen = self.estimator.estimate(self._picture(source))
+        small = (source.size[0] // DOWN, source.size[1] // DOWN)
+        return scaled(_resized(seen, small), f"the depth estimated of image={source.image}")
 
     def _finished(self, pixels: np.ndarray, job: Job) -> np.ndarray:
         if self.mode == "inpaint" and self.config.paste_back:
@@ -149,6 +152,14 @@ def source_of(job: Job) -> Source:
 def _stacked(pictures: Sequence[np.ndarray]) -> torch.Tensor:
     """uint8 (H, W, C) each to float32 (B, C, H, W) in [0, 1]."""
     return _tensor(np.stack(pictures).astype(np.float32) / 255).permute(0, 3, 1, 2)
+
+
+def _resized(depth: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """float32 (h, w) at the size (width, height), as diffusers resizes it."""
+    from torch.nn.functional import interpolate
+
+    planes = _tensor(depth.astype(np.float32))[None, None]
+    return interpolate(planes, size=size[::-1], mode="bicubic", align_corners=False)[0, 0].numpy()
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from data.images import EXTENSIONS, Size, fit_geometry, open_image
 from data.maps import DOWN, open_depth, open_mask
@@ -18,6 +18,7 @@ from scripts.generation.config import GenerateConfig, Mode
 from train.config import UserError
 
 MULTIPLE = 8
+_WHITE = 128  # from which diffusers repaints
 _ASPECT = 0.02  # by which the aspect of a mask may differ from its picture's
 _LARGE = 2.0  # times as many pixels as the base was trained at
 
@@ -65,14 +66,12 @@ class Source:
         return fitted(mask, self.size, Image.Resampling.BOX)
 
     def depth_map(self) -> np.ndarray:
-        """The depth map of a file at the size of the latents, float32 (H/8, W/8)."""
+        """The depth map of a file at the size of the latents, float32 (H/8, W/8) from -1 to 1."""
         assert self.depth is not None
         width, height = self.size
         small = (width // DOWN, height // DOWN)
         depth = fitted(_read("depth", self.depth, open_depth), small, Image.Resampling.BICUBIC)
-        if depth.max() <= depth.min():
-            raise UserError(f"depth={self.depth} is of one level all over: it says no depth")
-        return depth
+        return scaled(depth, f"depth={self.depth}")
 
     def control(self, number: int) -> np.ndarray:
         """The map of one ControlNet, uint8 (H, W, 3)."""
@@ -153,7 +152,7 @@ def _check(source: Source) -> None:
                 f"{key}={file} has {wide} x {high} pixels and its picture {width} x {height}: "
                 "they must show the same, in the same aspect"
             )
-    if source.mask is not None and source.repainted().max() < 128:
+    if source.mask is not None and source.repainted().max() < _WHITE:
         raise UserError(f"mask={source.mask} is black all over: white is what is repainted")
     if source.depth is not None:
         source.depth_map()
@@ -178,12 +177,43 @@ def fitted(image: Image.Image, size: Size, resample: Image.Resampling) -> np.nda
     return np.asarray(image.resize(size, resample, box=fit_geometry(*image.size, size).box))
 
 
+def scaled(depth: np.ndarray, what: str) -> np.ndarray:
+    """Depth with its least at -1 and its greatest at 1, float32: as it is, 16 bits of it are
+    infinite in fp16 and collapse in bf16, which diffusers turns it to before it scales it.
+
+    Raises UserError, naming `what`, for a map without any difference.
+    """
+    least, most = float(depth.min()), float(depth.max())
+    if not most > least:
+        raise UserError(f"{what} is of one level all over: it says no depth")
+    return (2 * (depth.astype(np.float64) - least) / (most - least) - 1).astype(np.float32)
+
+
 def pasted(made: np.ndarray, original: np.ndarray, mask: np.ndarray, blur: int) -> np.ndarray:
-    """Pixels uint8 (H, W, 3) with the original's where the mask (H, W) is black, over `blur`
-    pixels."""
-    edge = Image.fromarray(mask).filter(ImageFilter.GaussianBlur(blur / 2))
-    share = np.asarray(edge, dtype=np.float32)[..., None] / 255
+    """Pixels uint8 (H, W, 3) with the original's, to the bit, where the mask (H, W) is black; what
+    was made comes in over `blur` pixels within the white."""
+    share = _faded(mask >= _WHITE, blur)[..., None]
     return np.rint(original + share * (made.astype(np.float32) - original)).astype(np.uint8)
+
+
+def _faded(white: np.ndarray, blur: int) -> np.ndarray:
+    """float32 (H, W): 0 outside what is white and 1 from `blur` pixels within it, or, of what is
+    narrower, in its middle."""
+    depth, inside = np.zeros(white.shape, dtype=np.uint8), white.astype(np.uint8)
+    for _ in range(blur + 1):
+        depth += inside
+        inside = _of_neighbours(np.minimum, inside)
+    deepest = depth
+    for _ in range(blur):
+        deepest = _of_neighbours(np.maximum, deepest)
+    return depth.astype(np.float32) / np.maximum(deepest, 1)
+
+
+def _of_neighbours(pick: np.ufunc, values: np.ndarray) -> np.ndarray:
+    """The least or greatest of each 3 x 3 values of (H, W); beyond the edge it goes on alike."""
+    wide = np.pad(values, 1, "edge")
+    rows = pick(pick(wide[:-2], wide[1:-1]), wide[2:])
+    return pick(pick(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
 
 
 def note_sizes(found: Sequence[Source]) -> str | None:

@@ -49,7 +49,7 @@ def _common(drawing: Drawing) -> dict[str, Any]:
         "controlnets": [short(one) for one in config.controlnet],
         "strength": config.drawn_anew(mode),
         "mask_blur": config.mask_blur if mode == "inpaint" and config.paste_back else None,
-        "noise_level": config.noise_level if mode == "upscale" else None,
+        "noise_level": config.noise if mode == "upscale" else None,
         "vae_tiling": config.vae_tiling,
         "attention_slicing": config.attention_slicing,
         "watermark": config.watermark,

@@ -48,6 +48,8 @@ def check(
         words = new_tokens.words_of(folder / "tokenizer")
         adapter_file.check(adapters, adapter_file.folder_shapes(folder), words)
     control.check(controls, config.model)
+    if mode == "upscale":
+        upscaler.check_noise(config.model, config.noise)
     if mode == "depth2img" and config.depth is None:
         depth.check(config.model)
 

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
+from eval.generation import KEY
+
+NAME = "grid.png"
 _CELL = 384  # pixels of a picture's longer side, at most
 _MOST = 60_000_000  # pixels of a sheet
 _GAP, _LABEL, _LINE, _TEXT = 8, 160, 15, 12
@@ -34,8 +38,9 @@ def write(
             small = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
             sheet.paste(picture.convert("RGB").resize(small, Image.Resampling.LANCZOS), (x, y))
         draw.text((x, y + height + 1), labels[index], "black", font)
-    file = output / "grid.png"
-    sheet.save(file)
+    file, info = output / NAME, PngInfo()
+    info.add_text(KEY, '{"mode": "sheet"}')
+    sheet.save(file, pnginfo=info)
     return file
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 FACTOR = 4
+_MOST_NOISE = 350  # as diffusers takes it where model_index.json does not say
 _NAME = "StableDiffusionUpscalePipeline"
 _HUB = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+")
 
@@ -35,6 +36,23 @@ def _index(model: ModelConfig) -> dict[str, Any]:
 def prediction_type(model: ModelConfig) -> str:
     """What its UNet predicts."""
     return str(_scheduler(model).get("prediction_type", "epsilon"))
+
+
+def timesteps(model: ModelConfig) -> int:
+    """At how many it was trained."""
+    return int(_scheduler(model).get("num_train_timesteps", 1000))
+
+
+def check_noise(model: ModelConfig, level: int) -> None:
+    """Raises UserError for more noise than it was trained with."""
+    most = int(_index(model).get("max_noise_level", _MOST_NOISE))
+    unet = settings_of(model) / "unet" / "config.json"
+    classes = read_json(unet, "the UNet has no configuration").get("num_class_embeds")
+    most = most if classes is None else min(most, int(classes) - 1)
+    if level > most:
+        raise UserError(
+            f"noise_level={level} is more than model.path={model.path} takes: give at most {most}"
+        )
 
 
 def _scheduler(model: ModelConfig) -> dict[str, Any]:
@@ -68,7 +86,7 @@ def load(model: ModelConfig, dtype: torch.dtype) -> Any:
             unet=part(diffusers.UNet2DConditionModel, "unet", torch_dtype=dtype, **weights),
             low_res_scheduler=part(diffusers.DDPMScheduler, "low_res_scheduler", **where),
             scheduler=part(getattr(diffusers, name), "scheduler", **where),
-            max_noise_level=int(_index(model).get("max_noise_level", 350)),
+            max_noise_level=int(_index(model).get("max_noise_level", _MOST_NOISE)),
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
