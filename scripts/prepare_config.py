@@ -15,8 +15,10 @@ S = TypeVar("S", bound=Section)
 
 
 def demand_model(section: S, key: str, model: object, limit: str) -> S:
-    """A limit that somebody set needs what measures it, or it would leave out nothing."""
-    if model is None and limit in section.model_fields_set and getattr(section, limit) is not None:
+    """A limit that somebody set needs what measures it, or it would leave out nothing. The default
+    is not told from one that was written down for the next run."""
+    default = type(section).model_fields[limit].default
+    if model is None and getattr(section, limit) not in (None, default):
         raise ValueError(f"{key.partition('.')[0]}.{limit} is set, but {key} is not: give it too")
     return section
 

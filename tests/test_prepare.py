@@ -11,9 +11,10 @@ from data import toy
 from data.records import Record
 from data.sources import scan
 from scripts.prepare import main
+from scripts.prepare_config import PrepareConfig
 from tests.test_duplicates import photo
 from tests.tiny import tiny_clip, tiny_tokenizer
-from train.config import UserError
+from train.config import UserError, dump, load
 
 
 def save(folder: Path, name: str, image: Image.Image, caption: str | None = "a cloud", **options):
@@ -505,3 +506,10 @@ def test_an_output_that_holds_something_else_is_refused(tmp_path):
 def test_a_limit_without_what_measures_it_is_refused(tmp_path, limit, model):
     with pytest.raises(UserError, match=f"{model} is not"):
         main([f"source={tmp_path}", f"output={tmp_path / 'out'}", limit])
+
+
+def test_a_written_configuration_is_one_that_is_read(tmp_path):
+    needed = [f"source={tmp_path}", f"output={tmp_path / 'out'}"]
+    config = load(PrepareConfig, needed)
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(PrepareConfig, [f"--config={tmp_path / 'again.yaml'}"]) == config

@@ -83,6 +83,8 @@ def test_what_is_hostile_is_refused_by_name_within_bounds(write, name):
         ({"__metadata__": {"a": 1}}, "__metadata__ is not of names and texts"),
         ({"__metadata__": []}, "__metadata__ is not of names and texts"),
         ({"\ud800": entry()}, "surrogates not allowed"),
+        ({"__metadata__": {"a": "\ud800"}}, "surrogates not allowed"),
+        ({"__metadata__": {"\ud800": "a"}}, "surrogates not allowed"),
         (b'{"a": NaN}', "holds NaN"),
         (b'{"a": "\xff"}', "can't decode"),
         (b'{"a"', "Expecting"),

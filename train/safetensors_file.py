@@ -172,6 +172,9 @@ def _no_constant(word: str) -> None:
 def _metadata(content: Any) -> dict[str, str]:
     if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
         raise ValueError("its __metadata__ is not of names and texts")
+    for text in (*content, *content.values()):
+        if not text.isascii():
+            text.encode()  # half a character would be refused wherever it is written or read
     return content
 
 
