@@ -287,6 +287,7 @@ def test_an_export_that_fails_leaves_what_was_there(run, tmp_path, monkeypatch):
     assert (folder / "README.md").exists() and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["merged", "single_file"])
 def test_a_file_that_may_not_be_so_large_is_no_traceback(run, tmp_path, format):
     name = {"merged": "out", "single_file": "out.safetensors"}[format]

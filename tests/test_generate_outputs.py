@@ -98,7 +98,10 @@ def test_seeds_end_where_generators_do(make, tmp_path, keys):
     make("prompt=a cat", f"seed={2**63 - 1}")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_with_a_line_and_the_same_command_goes_on(base, tmp_path, number, code):
     text = (
         "import os; from scripts import generate; from scripts.generation import drawing\n"
