@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -61,6 +61,20 @@ def write_atomically(path: Path, content: bytes) -> None:
     """The whole file or none of it."""
     with whole(path) as file:
         file.write(content)
+
+
+def move_together(moves: Iterable[tuple[Path, Path]]) -> None:
+    """Moves each to its goal, one after the other, or none: what has been moved goes back where one
+    fails."""
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for source, goal in moves:
+            os.replace(source, goal)
+            moved.append((source, goal))
+    except BaseException:
+        for source, goal in reversed(moved):
+            os.replace(goal, source)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -20,13 +20,6 @@ HOW = ["steps=2", "guidance=3", "width=64", "height=32", "batch_size=2"]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     pipeline = tiny_pipeline()

@@ -14,17 +14,9 @@ from eval import processes
 from eval.generation import read_settings
 from scripts import generate
 from scripts.generation import outputs
-from tests.tiny import tiny_pipeline
 from train.config import ROOT, UserError
 
 HOW = ["steps=2", "width=64", "height=32"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

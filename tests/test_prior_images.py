@@ -18,13 +18,6 @@ from train.config import UserError, load
 HOW = ["steps=1", "guidance=1", "width=32", "height=32", "batch_size=2"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def make(base, tmp_path):
     def run(*arguments, how=HOW):

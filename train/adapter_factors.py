@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from data.files import write_atomically
+from data.files import move_together, write_atomically
 from train import adapter_metadata, kohya, lora_file
 from train.adapter_file import BASE_PREDICTION
+from train.adapter_file import LORA as FILE
 from train.adapter_math import Factors, on_base
 from train.config import UserError
 from train.inspection import read_json
@@ -28,10 +28,8 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Changes = Mapping[str, Factors]
 """By layer, as `kohya.path_of` has it: `unet.mid_block...`, `text_encoder.text_model...`."""
 
-FILE = "pytorch_lora_weights.safetensors"
 _SCHEDULER = "scheduler/scheduler_config.json"
 _NAMED = 3  # files that an error names
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # What a file says of its base that its tensors do not.
 _OF_BASE = (
     "ss_base_model_version",
@@ -195,9 +193,9 @@ def write(
     that says how to sample with it. base_prediction: what its base predicts, if the scheduler does
     not say that yet.
     """
-    import torch
+    from train.models import dtype_of
 
-    dtype = getattr(torch, _DTYPES[precision])
+    dtype = dtype_of(precision)
     is_folder = format == "diffusers"
     place = output.resolve()  # a link stays one
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -221,19 +219,9 @@ def write(
         if is_folder and beside.is_dir():
             shutil.copytree(beside, made / "scheduler")
         check_replaceable(place)
-        _put(made, place, Path(folder) / "before")
+        aside = [(place, Path(folder) / "before")] if place.is_dir() else []
+        move_together([*aside, (made, place)])
     return output / FILE if is_folder else output, warnings
-
-
-def _put(made: Path, place: Path, before: Path) -> None:
-    """Moves a file or folder to its place, as a whole, and what was a folder there aside."""
-    try:
-        if place.is_dir():
-            os.replace(place, before)
-        os.replace(made, place)
-    finally:
-        if before.exists() and not place.exists():
-            os.replace(before, place)
 
 
 def _copy_scheduler(scheduler: Path, folder: Path, base_prediction: str | None) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from data.tokens import embedding_names
 from train import adapter_settings, lora_file
 from train.config import DiffusionConfig, UserError
+from train.families import of_width
 from train.inspection import read_json
 from train.lora_file import refuse_variants, spelled, tells_text_width
 from train.safetensors_file import read_header, shown
@@ -24,14 +25,13 @@ from train.safetensors_file import read_header, shown
 Shapes = dict[str, tuple[int, ...]]
 Layers = dict[str, tuple[int | None, int | None]]
 
-_FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 # diffusers' spelling, its older ones, and kohya's.
 _FACTOR = re.compile(
     r"(?P<module>.+?)\.lora(?:_linear_layer)?[._](?P<side>A|B|down|up)(?:\.default)?\.weight"
 )
 
 
-_LORA = "pytorch_lora_weights.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
 _EMBEDDINGS = "learned_embeds*.safetensors"
 EMBEDDING = "emb_params"  # what an embedding is called in a file whose own name is its word
 # Of a scheduler's configuration, what an adapter was trained with, and diffusers' defaults.
@@ -104,7 +104,7 @@ def _file(path: Path) -> Path:
 
 def _in_folder(path: Path) -> list[Path]:
     """A LoRA at the most, and any number of embeddings."""
-    standard = [*path.glob(_LORA), *sorted(path.glob(_EMBEDDINGS))]
+    standard = [*path.glob(LORA), *sorted(path.glob(_EMBEDDINGS))]
     files = standard or sorted(path.glob("*.safetensors"))
     if standard or len(files) == 1:
         return files
@@ -112,7 +112,7 @@ def _in_folder(path: Path) -> list[Path]:
         raise UserError(f"adapters={path} has {len(files)} .safetensors files; name one of them")
     if (path / "adapter").is_dir():
         raise UserError(f"adapters={path} is a run; its adapter is {path / 'adapter'}")
-    raise UserError(f"adapters={path} has no {_LORA} or learned_embeds.safetensors")
+    raise UserError(f"adapters={path} has no {LORA} or learned_embeds.safetensors")
 
 
 def _word(file: Path) -> tuple[str, tuple[int, ...]] | None:
@@ -149,8 +149,8 @@ def _check_embedding(file: Path, base: Shapes, words: set[str]) -> set[str]:
     width = next((s[1] for name, s in base.items() if name.endswith("token_embedding")), None)
     if shape[-1] != width:
         raise UserError(
-            f"{file} is an embedding of {_family(shape[-1])}, the base is "
-            f"{_family(width)}; use the base it was trained on"
+            f"{file} is an embedding of {of_width(shape[-1])}, the base is "
+            f"{of_width(width)}; use the base it was trained on"
         )
     if known := words & set(embedding_names(token, 2)):
         raise UserError(
@@ -241,17 +241,13 @@ def _check_family(file: Path, layers: Layers, base: Shapes) -> None:
         theirs = 2048
     if theirs is not None and theirs != ours:
         raise UserError(
-            f"{file} is an adapter of {_family(theirs)}, the base is {_family(ours)}; use the base "
-            "it was trained on"
+            f"{file} is an adapter of {of_width(theirs)}, the base is {of_width(ours)}; use the "
+            "base it was trained on"
         )
 
 
 def _text_width(layers: Iterable[tuple[str, int | None]]) -> int | None:
     return next((size for name, size in layers if tells_text_width(name) and size), None)
-
-
-def _family(width: int | None) -> str:
-    return f"{_FAMILIES.get(width or 0, 'another model')} (text width {width})"
 
 
 def apply(pipeline: Any, adapters: Sequence[Adapter]) -> None:

@@ -27,6 +27,7 @@ _OTHERS = {
     "LatentConsistency": "a latent consistency model",
     "Flux": "Flux",
 }
+_BY_WIDTH = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 _COMPANIONS = {DEPTH_CHANNELS: ".depth.png", INPAINTING_CHANNELS: ".mask.png"}
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _UNTOLD = 32  # diffusers' old default for a UNet's sample_size, kept by bases trained at 64
@@ -196,6 +197,11 @@ def check_agreement(path: object, name: object, family: Family) -> None:
             f"{family.channels} input channels, which is {family.pipeline}'s. Correct "
             "_class_name in it, or download the model again"
         )
+
+
+def of_width(width: int | None) -> str:
+    """What a model is whose text is so wide, in words."""
+    return f"{_BY_WIDTH.get(width or 0, 'another model')} (text width {width})"
 
 
 def check_text_to_image(base: BaseModel, what: str) -> None:

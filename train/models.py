@@ -222,10 +222,11 @@ def store_in(pipeline: Pipeline, mixed_precision: str) -> None:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """What no (fp32), bf16 and fp16 mean."""
+    """What no or fp32, bf16 and fp16 mean."""
     import torch
 
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return known["fp32" if precision == "no" else precision]
 
 
 def fingerprint(module: nn.Module) -> str:

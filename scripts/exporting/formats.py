@@ -13,13 +13,11 @@ from scripts.exporting import card as cards
 from scripts.exporting import placing
 from scripts.exporting.card import Card, Sample
 from scripts.exporting.results import Result
-from train.config import UserError
+from train.adapter_file import LORA
+from train.config import ModelConfig, UserError
 
 if TYPE_CHECKING:
     import torch
-
-LORA = "pytorch_lora_weights.safetensors"
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,11 @@ def export(
 ) -> Export:
     """Writes `result` to `output`, a file or a folder, with its card beside or in it. Raises
     UserError; what was there before then stays."""
-    import torch
     from safetensors import SafetensorError
 
-    dtype = getattr(torch, _DTYPES[precision])
+    from train.models import dtype_of
+
+    dtype = dtype_of(precision)
     samples = cards.samples(result.run) if card else []
     about = Card(result, format, scale, output.name, samples)
     try:
@@ -74,7 +73,7 @@ def _diffusers(result: Result, output: Path, dtype: torch.dtype, _: float) -> li
     from train import adapter_metadata, kohya
 
     if result.is_model:
-        return _copied_model(result.folder, output, dtype)
+        return _merged(result, output, dtype, 1.0)
     output.mkdir()
     for file in result.embeddings:
         its = adapter_metadata.of(file, result.run, name=result.name, kind="textual-inversion")
@@ -103,14 +102,6 @@ def _written_embedding(file: Path, output: Path, dtype: torch.dtype, about: dict
     adapter_metadata.write(output, tensors, about)
 
 
-def _copied_model(folder: Path, output: Path, dtype: torch.dtype) -> list[str]:
-    from train import export
-    from train.models import load_pipeline
-
-    export.save_pipeline(load_pipeline(str(folder), dtype=dtype), output)
-    return []
-
-
 def _kohya(result: Result, output: Path, dtype: torch.dtype, _: float) -> list[str]:
     from train import adapter_metadata, kohya
 
@@ -123,10 +114,9 @@ def _kohya(result: Result, output: Path, dtype: torch.dtype, _: float) -> list[s
 def _merged(result: Result, output: Path, dtype: torch.dtype, scale: float) -> list[str]:
     from train import merging
 
-    if result.is_model:
-        return _copied_model(result.folder, output, dtype)
-    assert result.base is not None
-    merging.merged_folder(result.base, _scaled(result, scale), output, dtype)
+    base = ModelConfig(path=str(result.folder)) if result.is_model else result.base
+    assert base is not None
+    merging.merged_folder(base, _scaled(result, scale), output, dtype)
     return []
 
 

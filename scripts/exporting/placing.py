@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data.files import move_together
 from train.config import UserError
 
 MARK = ".sd-atelier-export"
@@ -96,15 +97,6 @@ def _files_in(folder: Path) -> list[Path]:
 
 def _swap(new: Path, old: Path, stale: list[Path]) -> None:
     """What is in `new` in place of `stale`, which goes to `old`; back, if that fails."""
+    aside = [(path, old / path.name) for path in stale if os.path.lexists(path)]
     target = stale[0].parent
-    moved: list[tuple[Path, Path]] = []
-    steps = [(path, old / path.name) for path in stale if os.path.lexists(path)]
-    steps += [(path, target / path.name) for path in new.iterdir()]
-    try:
-        for source, goal in steps:
-            os.replace(source, goal)
-            moved.append((source, goal))
-    except BaseException:
-        for source, goal in reversed(moved):
-            os.replace(goal, source)
-        raise
+    move_together([*aside, *((path, target / path.name) for path in new.iterdir())])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import ModelConfig, UserError
+from train.families import of_width
 from train.inspection import from_hub, read_json, settings_of
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "diffusion_pytorch_model"
 _SHAPE = ("block_out_channels", "layers_per_block")  # of what it adds to the UNet's
-_KINDS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def _check(path: str, unet: dict[str, Any], base: str) -> None:
     ours, theirs = unet.get("cross_attention_dim"), settings.get("cross_attention_dim")
     if ours != theirs:
         raise UserError(
-            f"controlnet={path} is of {_kind(theirs)}, the base {base} of {_kind(ours)}: take "
-            "one that was trained for the base's family"
+            f"controlnet={path} is of {of_width(theirs)}, the base {base} of {of_width(ours)}: "
+            "take one that was trained for the base's family"
         )
     for key in _SHAPE:
         if unet.get(key) != settings.get(key):
@@ -87,10 +87,6 @@ def _folder(path: str) -> Path:
         why = pickles if any(folder.glob("*.bin")) else ""
         raise UserError(f"controlnet={path} has no {_WEIGHTS}.safetensors{why}")
     return folder
-
-
-def _kind(width: Any) -> str:
-    return f"{_KINDS.get(width, 'another model')} (cross-attention width {width})"
 
 
 def load(controls: list[Control], dtype: torch.dtype) -> list[Any]:
