@@ -20,7 +20,7 @@ from eval import generation
 from tests.runs import arguments, finish, launch, make_world, preview_again
 from tests.tiny import tiny_pipeline
 from train import class_pictures, dreambooth, feeding, models, pictures, rundir
-from train.config import ROOT, DreamBoothRun, LoraRun, RunFailed, UserError, load
+from train.config import ROOT, DreamBoothRun, LoraRun, RunFailed, TrainConfig, UserError, load
 from train.diffusion import Objective
 
 COMPARABLE = ("lora.dropout=0", "optim.learning_rate=1e-3", "optim.eps=1e-6")
@@ -546,7 +546,7 @@ def test_two_processes_make_and_train_on_the_same(world, tmp_path, overrides):
 def test_mixed_precision_starts_from_the_base_s_prediction(world, tmp_path, overrides):
     config, pipeline, batches = prepared(world, tmp_path, *overrides, "train.mixed_precision=bf16")
     if config.lora:
-        models.store_in(pipeline, "bf16")
+        models.store_in(pipeline, TrainConfig(mixed_precision="bf16"))
     batch = batches.training_set.gather(0, rank=0, world=1)
     with torch.autocast("cpu", torch.bfloat16):
         found = method_of(config, pipeline).model(batch)

@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import tiny_pipeline, tiny_tokenizer
 from train import inspection, models
-from train.config import DiffusionConfig, ModelConfig, UserError
+from train.config import DiffusionConfig, ModelConfig, TrainConfig, UserError
 
 
 @pytest.fixture(scope="module")
@@ -388,11 +388,11 @@ def test_what_trains_is_never_cast():
     pipeline = tiny_pipeline()
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False)
-    models.store_in(pipeline, "bf16")
+    models.store_in(pipeline, TrainConfig(mixed_precision="bf16"))
     assert pipeline.unet.dtype == torch.bfloat16
     pipeline.unet.conv_in.bias.requires_grad_(True)
     with pytest.raises(AssertionError):
-        models.store_in(pipeline, "bf16")
+        models.store_in(pipeline, TrainConfig(mixed_precision="bf16"))
 
 
 def test_a_model_of_epsilon_can_not_have_zero_terminal_snr():

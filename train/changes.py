@@ -26,6 +26,8 @@ HARMLESS = (
     "data.workers",
     "train.micro_batch_size",
     "train.gradient_checkpointing",
+    "train.compile",
+    "train.channels_last",
     "train.skip_non_finite",
     "dreambooth.class_batch_size",
     "checkpoint.",

@@ -53,6 +53,7 @@ __all__ = [
     "TextLoraConfig",
     "TextualInversionConfig",
     "TokenConfig",
+    "TrainConfig",
     "RunFailed",
     "Section",
     "UserError",
@@ -86,8 +87,20 @@ class TrainConfig(Section):
     share."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the forward pass; trainable parameters are fp32 always."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    gradient_checkpointing: bool | list[str] = False
+    """Recompute activations in the backward pass: about a third slower, far less memory. A list of
+    the UNet's blocks, like [down_blocks.0, up_blocks.*], recomputes those alone."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Keep the linear layers of a frozen base in 8 or 4 bits (bitsandbytes): smaller, slower."""
+    compile: Literal["none", "blocks", "graphs"] = "none"
+    """torch.compile of the repeated blocks, once for all bucket shapes; graphs: replayed as CUDA
+    graphs, one for each shape."""
+    channels_last: bool = False
+    """Keep frozen convolutions with the channels innermost, which is what a GPU's fast kernels
+    want in bf16; on a CPU it gains nothing."""
+    tf32: bool = False
+    """Let a GPU round the factors of fp32 products to TF32 (10 bits), caching's too: faster where
+    precision is fp32."""
     clip_norm: float = Field(1.0, gt=0)
     """Largest global gradient norm; longer gradients are scaled down to it."""
     ema_decay: float | None = Field(None, gt=0, lt=1)

@@ -177,6 +177,8 @@ class DataConfig(Cropping):
     captions: CaptionConfig = CaptionConfig()
     cache: Path = Path("runs/cache")
     """Folder of cached latents and caption embeddings, keyed by content and shared by all runs."""
+    cache_precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which the VAE encodes what is cached; bf16 is faster on a GPU, and deviates."""
     cache_batch_size: int = Field(4, ge=1)
     """Pictures encoded at once while caching, per process."""
     workers: int = Field(2, ge=0)

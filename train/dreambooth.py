@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
             classes=beside,
         )
         if config.lora:
-            models.store_in(pipeline, config.train.mixed_precision)
+            models.store_in(pipeline, config.train)
         objective = Objective.of(pipeline.scheduler, config.diffusion)
         method = DreamBooth(
             pipeline,
