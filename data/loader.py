@@ -280,9 +280,19 @@ def cut(batch: Batch, micro_batch_size: int) -> list[Batch]:
     """A batch as consecutive micro-batches; the last may be short."""
     starts = range(0, len(batch["ids"]), micro_batch_size)
     return [
-        {name: values[start : start + micro_batch_size] for name, values in batch.items()}
+        _with_prior_rows(
+            {name: values[start : start + micro_batch_size] for name, values in batch.items()}
+        )
         for start in starts
     ]
+
+
+def _with_prior_rows(batch: Batch) -> Batch:
+    """Which rows are to be predicted by the prior, found here: on a device, the host would have to
+    wait for how many there are."""
+    if "prior" in batch:
+        batch["prior_rows"] = batch["prior"].nonzero().flatten()
+    return batch
 
 
 class _Steps(Dataset[Batch | UserError]):
@@ -330,6 +340,7 @@ def loader(
         worker_init_fn=partial(_begin_worker, os.getpid()) if workers else None,
         collate_fn=_unchanged,
         generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),  # so that a GPU takes them while it computes
     )
     with stopping.forking():
         made = iter(steps)

@@ -7,7 +7,15 @@ import torch
 from accelerate import Accelerator
 
 from train.config import LoraRun, RunFailed, load
-from train.guards import Guard, Seen, is_out_of_memory, memory_named
+from train.guards import (
+    LateGuard,
+    PromptGuard,
+    Seen,
+    guard_of,
+    heeds_found_inf,
+    is_out_of_memory,
+    memory_named,
+)
 from train.stopping import Agreement
 
 FINE, NAN, HUGE = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))
@@ -39,7 +47,18 @@ class Scaler:
 def guard(allowed=5, before=None, scaler=None):
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = scaler
-    return Guard(accelerator, Counted(accelerator), allowed=allowed, before=before)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))])
+    found = guard_of(accelerator, Counted(accelerator), optimizer, allowed=allowed, before=before)
+    assert isinstance(found, PromptGuard)
+    return found
+
+
+def passes(one, done, seen, norm, optimizer):
+    """Whether the step was taken."""
+    called = []
+    optimizer.step = lambda: called.append(done)
+    assert one.step(done, seen, norm, optimizer).item() == len(called)
+    return bool(called)
 
 
 def seen(*losses):
@@ -55,49 +74,49 @@ PLAIN = SimpleNamespace()
 
 def test_a_step_is_left_out_for_its_loss_and_the_sample_named(capsys):
     one = guard()
-    assert one.passes(1, GOOD, FINE, PLAIN)
-    assert not one.passes(2, BAD, FINE, PLAIN)
+    assert passes(one, 1, GOOD, FINE, PLAIN)
+    assert not passes(one, 2, BAD, FINE, PLAIN)
     assert "warning: step 2 is left out: the loss is not finite for d\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("norm", [NAN, HUGE, float("nan")])
 def test_a_step_is_left_out_for_its_gradient(capsys, norm):
-    assert not guard().passes(3, GOOD, norm, PLAIN)
+    assert not passes(guard(), 3, GOOD, norm, PLAIN)
     assert "the gradient is not finite; the step has a, b\n" in capsys.readouterr().out
 
 
 def test_a_step_that_the_optimizer_left_out_is_counted():
     one = guard()
-    assert not one.passes(1, GOOD, FINE, SimpleNamespace(overflow=True))
-    assert one.passes(2, GOOD, FINE, SimpleNamespace(overflow=False))
+    assert not passes(one, 1, GOOD, FINE, SimpleNamespace(overflow=True))
+    assert passes(one, 2, GOOD, FINE, SimpleNamespace(overflow=False))
     assert one.state() == {"in_a_row": 0, "left_out": 1}
 
 
 def test_so_many_in_a_row_and_no_more_are_left_out():
     one = guard(allowed=2)
     for _ in range(3):
-        assert not one.passes(1, BAD, FINE, PLAIN) and not one.passes(2, GOOD, NAN, PLAIN)
-        assert one.passes(3, GOOD, FINE, PLAIN)
+        assert not passes(one, 1, BAD, FINE, PLAIN) and not passes(one, 2, GOOD, NAN, PLAIN)
+        assert passes(one, 3, GOOD, FINE, PLAIN)
     assert one.state() == {"in_a_row": 0, "left_out": 6}
-    assert not one.passes(1, BAD, FINE, PLAIN) and not one.passes(2, BAD, FINE, PLAIN)
+    assert not passes(one, 1, BAD, FINE, PLAIN) and not passes(one, 2, BAD, FINE, PLAIN)
     again = guard(allowed=2, before=one.state())
     with pytest.raises(RunFailed, match=r"step 3: .* for d; it is number 3 in a row \(train.skip"):
-        again.passes(3, BAD, FINE, PLAIN)
+        passes(again, 3, BAD, FINE, PLAIN)
 
 
 def test_of_many_samples_some_are_named(capsys):
     bad = (float("nan"), float("nan"))
-    assert not guard().passes(1, seen(*[bad] * 8), FINE, PLAIN)
+    assert not passes(guard(), 1, seen(*[bad] * 8), FINE, PLAIN)
     assert "for a, b, c, d, e, f, g, h, i, j, k, l and 4 more\n" in capsys.readouterr().out
 
 
 def test_what_is_too_large_for_fp16_is_left_to_its_scaler():
     scaler = Scaler(65536.0)
     one = guard(scaler=scaler)
-    assert one.passes(1, GOOD, HUGE, PLAIN) and scaler.scale == 65536  # which it will lower
-    assert not one.passes(2, BAD, NAN, PLAIN) and scaler.scale == 32768
+    assert passes(one, 1, GOOD, HUGE, PLAIN) and scaler.scale == 65536  # which it will lower
+    assert not passes(one, 2, BAD, NAN, PLAIN) and scaler.scale == 32768
     scaler.scale = 0.5  # that was not why
-    assert not one.passes(3, GOOD, HUGE, PLAIN)
+    assert not passes(one, 3, GOOD, HUGE, PLAIN)
     assert one.state() == {"in_a_row": 2, "left_out": 2}
 
 
@@ -106,8 +125,57 @@ def test_all_processes_meet_as_often_whatever_each_has_seen():
         for losses in (GOOD, BAD):
             for norm in (FINE, NAN):
                 one = guard(scaler=scaler)
-                one.passes(1, losses, norm, PLAIN)
+                passes(one, 1, losses, norm, PLAIN)
                 assert one._agreement.met == 1
+
+
+STEPS = [(GOOD, FINE), (BAD, FINE), (GOOD, NAN), (GOOD, FINE), (BAD, NAN), (GOOD, HUGE)]
+
+
+def trained(late, steps, monkeypatch, allowed=5):
+    """A weight, its optimizer's state, and the guard after some steps of gradient 1."""
+    monkeypatch.setattr("train.guards.can_be_late", lambda *_: late)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = None
+    one = guard_of(accelerator, Counted(accelerator), optimizer, allowed=allowed)
+    assert isinstance(one, LateGuard if late else PromptGuard)
+    taken = []
+    for done, (losses, norm) in enumerate(steps, 1):
+        weight.grad = torch.ones(3) * (1 if norm is FINE and losses is GOOD else NAN)
+        taken.append(one.step(done, losses, norm, optimizer).item())
+    return weight.detach().clone(), dict(optimizer.state[weight]), taken, one
+
+
+def test_what_the_device_leaves_out_is_what_the_host_would(monkeypatch, capsys):
+    weight, state, taken, prompt = trained(False, STEPS, monkeypatch)
+    warned = capsys.readouterr().out
+    late_weight, late_state, late_taken, late = trained(True, STEPS, monkeypatch)
+    assert not capsys.readouterr().out  # nothing was looked at yet
+    assert torch.equal(weight, late_weight) and taken == late_taken == [1, 0, 0, 1, 0, 0]
+    assert all(torch.equal(state[name], late_state[name]) for name in state)
+    assert late.settled() == prompt.settled() == 4
+    assert late.state() == prompt.state() == {"in_a_row": 2, "left_out": 4}
+    assert capsys.readouterr().out == warned and "step 2 is left out: the loss is" in warned
+
+
+def test_a_checkpoint_is_never_made_of_steps_that_were_not_looked_at(monkeypatch):
+    *_, late = trained(True, STEPS, monkeypatch, allowed=1)
+    with pytest.raises(RunFailed, match="step 3: the gradient is not finite.*number 2 in a row"):
+        late.state()
+
+
+def test_the_host_looks_after_64_steps_at_the_latest(monkeypatch):
+    with pytest.raises(RunFailed, match="step 3: "):
+        trained(True, STEPS + [(GOOD, FINE)] * 60, monkeypatch, allowed=1)
+
+
+def test_only_who_leaves_out_steps_by_itself_is_trusted_with_it():
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    assert heeds_found_inf(torch.optim.AdamW(parameters, fused=True))
+    assert not heeds_found_inf(torch.optim.AdamW(parameters))
+    assert not heeds_found_inf(torch.optim.SGD(parameters, fused=True))
 
 
 class Kept:

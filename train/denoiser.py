@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train import resting
 from train.diffusion import Objective
 from train.models import text_encoder_output
 
@@ -18,7 +19,8 @@ Prior = Callable[[Tensor, Tensor, Batch], Tensor]
 
 
 class Denoiser(nn.Module):
-    """UNet, objective and text encoder, any of them frozen.
+    """UNet, objective and text encoder, any of them frozen; without the text encoder where that
+    rests (train/resting.py), as batches hold its embeddings then.
 
     forward: a batch of data/loader.py -> losses (B,), fp32. Samples that it marks as "prior" are to
     be predicted as `prior` predicts them.
@@ -33,7 +35,10 @@ class Denoiser(nn.Module):
         prior: Prior | None = None,
     ) -> None:
         super().__init__()
-        self.unet, self.objective, self.text_encoder = unet, objective, text_encoder
+        self.unet, self.objective = unet, objective
+        # Where it rests on another device it is no part of what is moved, wrapped and kept alike.
+        rests = resting.rests(text_encoder, beside=unet)
+        self.text_encoder = None if rests else text_encoder
         self._prior = prior
 
     def forward(self, batch: Batch) -> Tensor:
@@ -50,8 +55,10 @@ class Denoiser(nn.Module):
     def _with_prior(
         self, target: Tensor, inputs: Tensor, timesteps: Tensor, batch: Batch
     ) -> Tensor:
-        rows = batch["prior"].nonzero().flatten() if "prior" in batch else None
-        if rows is None or not len(rows):
+        if "prior" not in batch:
+            return target
+        rows = batch["prior_rows"] if "prior_rows" in batch else batch["prior"].nonzero().flatten()
+        if not len(rows):
             return target
         assert self._prior is not None
         text = {name: batch[name][rows] for name in TEXT if name in batch}
@@ -59,7 +66,7 @@ class Denoiser(nn.Module):
         return target.index_copy(0, rows, prediction.to(target))
 
 
-def text_of(batch: Batch, text_encoder: nn.Module) -> Tensor:
+def text_of(batch: Batch, text_encoder: nn.Module | None) -> Tensor:
     """The embeddings (B, 77 k, D) of a batch, of its token ids where it has none."""
     if "prompt_embeds" in batch:
         return batch["prompt_embeds"]

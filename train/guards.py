@@ -1,11 +1,15 @@
 """What a run is guarded against: numbers that are not finite, before they reach the weights, and
-memory that does not suffice."""
+memory that does not suffice.
+
+On a GPU nothing may wait for the device at every step, so there the device itself decides, and the
+host looks later (`LateGuard`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from train.checkpoint import Checkpoints
 
 _NAMED = 12  # samples in a message
+_UNSEEN = 64  # steps that a device may be ahead of the host's look at them
 
 
 class Seen(NamedTuple):
@@ -32,44 +37,84 @@ class Seen(NamedTuple):
     """Of each micro-batch the names of its samples and their losses (B,)."""
 
 
-class Guard:
-    """Has all processes leave out a step where the loss or the gradient of any is not finite, and
-    ends the run after too many in a row.
+class Guard(Protocol):
+    """Has all processes leave out a step where the loss or the gradient of any is not finite, names
+    its samples, and ends the run after too many in a row."""
+
+    def step(self, done: int, seen: Seen, norm: Any, optimizer: Any) -> Tensor:
+        """Takes optimizer step number `done`, or leaves it out; () 1 where it is taken, else 0, on
+        the device. All processes meet here, and give the same.
+
+        norm: the gradient's over all processes, before clipping. Raises RunFailed where one too
+        many was left out.
+        """
+
+    def settled(self) -> int:
+        """How many were left out so far, every step looked at. All processes meet here; raises as
+        `step`."""
+
+    def state(self) -> dict[str, int]:
+        """For a checkpoint, every step looked at. As `settled`."""
+
+
+def guard_of(
+    accelerator: Accelerator,
+    agreement: Agreement,
+    optimizer: torch.optim.Optimizer,
+    *,
+    allowed: int,
+    before: dict[str, int] | None = None,
+) -> Guard:
+    """The guard of an optimizer, as it was before being prepared.
 
     allowed: how many in a row may be left out. before: what `state` gave at the checkpoint.
     """
+    account = _Account(accelerator, allowed, before)
+    if can_be_late(accelerator, optimizer):
+        return LateGuard(account, optimizer)
+    return PromptGuard(account, agreement)
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        agreement: Agreement,
-        *,
-        allowed: int,
-        before: dict[str, int] | None = None,
-    ) -> None:
-        self._accelerator, self._agreement, self._allowed = accelerator, agreement, allowed
-        self._in_a_row, self.left_out = 0, 0
-        if before is not None:
-            self._in_a_row, self.left_out = before["in_a_row"], before["left_out"]
+
+def can_be_late(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the host would wait for a device, and the optimizer leaves out a step by itself.
+
+    torch's fused kernels do, as they must under a gradient scaler, which has its own ways.
+    """
+    waits = accelerator.device.type == "cuda" and accelerator.scaler is None
+    plain = all(type(p) is torch.nn.Parameter for g in optimizer.param_groups for p in g["params"])
+    return waits and plain and heeds_found_inf(optimizer)
+
+
+def heeds_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.defaults.get("fused")) and isinstance(optimizer, torch.optim.Adam)
+
+
+class PromptGuard:
+    """Looks at each step before it is taken."""
+
+    def __init__(self, account: _Account, agreement: Agreement) -> None:
+        self._account, self._agreement = account, agreement
+        self._accelerator = account.accelerator
 
     def state(self) -> dict[str, int]:
-        return {"in_a_row": self._in_a_row, "left_out": self.left_out}
+        return self._account.state()
 
-    def passes(self, done: int, seen: Seen, norm: Any, optimizer: Any) -> bool:
-        """Whether step number `done` may be taken. All processes meet here, and give the same.
+    def settled(self) -> int:
+        return self._account.left_out
 
-        norm: the gradient's over all processes, before clipping. Names the samples of a step that
-        is left out; raises RunFailed where it is one too many.
-        """
+    def step(self, done: int, seen: Seen, norm: Any, optimizer: Any) -> Tensor:
+        sound = self._passes(seen, norm, optimizer)
+        if sound:
+            optimizer.step()
+        self._account.take(done, seen, sound)
+        return torch.full((), float(sound), device=seen.loss.device)
+
+    def _passes(self, seen: Seen, norm: Any, optimizer: Any) -> bool:
         # All meet in each of these, so none may depend on what this process alone has seen.
         gradient = _is_finite(norm) and not getattr(optimizer, "overflow", False)
         left_to_scaler = not gradient and self._is_scaled()
         sound = bool(seen.loss.isfinite()) and (gradient or left_to_scaler)
-        if not self._agreement.most(not sound)[0]:
-            self._in_a_row = 0
-            return True
-        self._leave_out(done, seen)
-        return False
+        return not self._agreement.most(not sound)[0]
 
     def _is_scaled(self) -> bool:
         """Whether a gradient may be too large for fp16 alone: its scaler leaves out the step
@@ -77,12 +122,70 @@ class Guard:
         scaler = self._accelerator.scaler
         return scaler is not None and scaler.get_scale() >= 1
 
+
+class LateGuard:
+    """Has the device decide, by the optimizer's own `found_inf`, and looks at it some steps later:
+    where a checkpoint or a line of metrics needs to know, and after 64 steps at the latest.
+
+    What is left out is the same as a PromptGuard's; only its warning, or the end of the run, comes
+    later.
+    """
+
+    def __init__(self, account: _Account, optimizer: torch.optim.Optimizer) -> None:
+        self._account, self._optimizer = account, optimizer
+        self._unseen: list[tuple[int, Seen, Tensor]] = []
+
+    def state(self) -> dict[str, int]:
+        self.settled()
+        return self._account.state()
+
+    def settled(self) -> int:
+        unseen, self._unseen = self._unseen, []
+        if unseen:
+            broken = torch.stack([found for _, _, found in unseen]).tolist()  # waits for the device
+            for (done, seen, _), found in zip(unseen, broken, strict=True):
+                self._account.take(done, seen, not found)
+        return self._account.left_out
+
+    def step(self, done: int, seen: Seen, norm: Any, optimizer: Any) -> Tensor:
+        found = (~(seen.loss.isfinite() & torch.as_tensor(norm).isfinite())).float()
+        if self._account.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        self._optimizer.found_inf = found  # type: ignore[attr-defined]
+        optimizer.step()
+        self._unseen.append((done, seen, found))
+        if len(self._unseen) >= _UNSEEN:
+            self.settled()
+        return 1 - found
+
+
+class _Account:
+    """What was left out, and when it is too much."""
+
+    def __init__(
+        self, accelerator: Accelerator, allowed: int, before: dict[str, int] | None
+    ) -> None:
+        self.accelerator, self._allowed = accelerator, allowed
+        self._in_a_row, self.left_out = 0, 0
+        if before is not None:
+            self._in_a_row, self.left_out = before["in_a_row"], before["left_out"]
+
+    def state(self) -> dict[str, int]:
+        return {"in_a_row": self._in_a_row, "left_out": self.left_out}
+
+    def take(self, done: int, seen: Seen, sound: bool) -> None:
+        """Step number `done`. Raises RunFailed where one too many was left out."""
+        if sound:
+            self._in_a_row = 0
+        else:
+            self._leave_out(done, seen)
+
     def _leave_out(self, done: int, seen: Seen) -> None:
         self._in_a_row += 1
         self.left_out += 1
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.update()
-        what = self._named(seen)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        what = _named(seen)
         if self._in_a_row > self._allowed:
             raise RunFailed(
                 f"step {done}: {what}; it is number {self._in_a_row} in a row "
@@ -90,24 +193,25 @@ class Guard:
                 "checkpoint is intact. Look at those pictures and captions; or lower "
                 "optim.learning_rate, or use train.mixed_precision=bf16 or no, in a new output="
             )
-        if self._accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             tqdm.write(f"warning: step {done} is left out: {what}")
 
-    def _named(self, seen: Seen) -> str:
-        """What is not finite, of all processes; the samples in order."""
-        from accelerate.utils import gather_object
 
-        broken = [
-            name
-            for names, losses in seen.losses
-            for name, finite in zip(names, losses.isfinite().tolist(), strict=True)
-            if not finite
-        ]
-        of_loss = gather_object(broken)
-        if of_loss:
-            return f"the loss is not finite for {_few(of_loss)}"
-        of_step = gather_object([name for names, _ in seen.losses for name in names])
-        return f"the gradient is not finite; the step has {_few(of_step)}"
+def _named(seen: Seen) -> str:
+    """What is not finite, of all processes; the samples in order."""
+    from accelerate.utils import gather_object
+
+    broken = [
+        name
+        for names, losses in seen.losses
+        for name, finite in zip(names, losses.isfinite().tolist(), strict=True)
+        if not finite
+    ]
+    of_loss = gather_object(broken)
+    if of_loss:
+        return f"the loss is not finite for {_few(of_loss)}"
+    of_step = gather_object([name for names, _ in seen.losses for name in names])
+    return f"the gradient is not finite; the step has {_few(of_step)}"
 
 
 def _few(names: list[str]) -> str:

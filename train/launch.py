@@ -18,12 +18,15 @@ from train.config import UserError
 from train.stopping import PATIENCE, Agreement, joining
 
 
-def open_accelerator(mixed_precision: str) -> Accelerator:
+def open_accelerator(mixed_precision: str, *, tf32: bool = False) -> Accelerator:
     """An Accelerator for `accelerate launch`, `torchrun` or plain `python`.
 
     Under torchrun without a GPU, Accelerate makes every process rank 0 of 1 without a word unless
-    told to use the CPU; they would all write to one run directory.
+    told to use the CPU; they would all write to one run directory. tf32: whether products of fp32
+    may be rounded to it, convolutions too, which torch rounds unless told not to.
     """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     workers = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         with joining() if workers > 1 else nullcontext():

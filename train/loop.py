@@ -18,7 +18,7 @@ from train.averaging import Averages, averages_of
 from train.checkpoint import Checkpoints, DamagedCheckpoint
 from train.config import LoopConfig, RunFailed
 from train.examination import Judge
-from train.guards import Guard, Seen, memory_named
+from train.guards import Seen, guard_of, memory_named
 from train.meter import Meter
 from train.method import Method
 from train.pauses import Pause
@@ -77,17 +77,22 @@ def fit(
 
     settings = config.model_dump(mode="json")
     trackers = open_trackers(config.output, settings, config.tracking, start=start, main=main)
+    agreement = Agreement(accelerator)
+    guard = guard_of(
+        accelerator,
+        agreement,
+        optimizer,
+        allowed=config.train.skip_non_finite,
+        before=facts.get("guard"),
+    )
     meter = Meter(
         accelerator,
         trackers,
         steps=steps,
         start=start,
         every=config.tracking.every,
+        left_out=guard.settled,
         before=facts.get("meter"),
-    )
-    agreement = Agreement(accelerator)
-    guard = Guard(
-        accelerator, agreement, allowed=config.train.skip_non_finite, before=facts.get("guard")
     )
     pause = Pause(
         method,
@@ -116,22 +121,20 @@ def fit(
         for step, micro_batches in enumerate(meter.waiting(batches(start)), start):
             done = step + 1
             rates = schedule.apply(step)
-            seed_step(config.seed, step, accelerator.process_index)
+            seed_step(config.seed, step, accelerator)
             seen = accumulate(model, micro_batches, accelerator)
             norm = accelerator.clip_grad_norm_(trainable, config.train.clip_norm)
-            sound = guard.passes(done, seen, norm, prepared)
-            if sound:
-                prepared.step()
-                averages.update(step)
+            taken = guard.step(done, seen, norm, prepared)
+            averages.update(step)
             prepared.zero_grad(set_to_none=True)
             meter.record(
                 done,
                 batches.epochs(done),
-                seen.loss if sound else None,
+                seen.loss,
+                taken,
                 rates,
                 norm,
                 images=images_in(micro_batches),
-                left_out=guard.left_out,
             )
             with meter.aside():
                 pause.after(done)
@@ -187,7 +190,8 @@ def accumulate(model: nn.Module, micro_batches: list[MicroBatch], accelerator: A
     seen: list[tuple[list[str], Tensor]] = []
     for index, batch in enumerate(micro_batches):
         batch = {
-            k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()
+            k: v.to(accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in batch.items()
         }
         last = index == len(micro_batches) - 1
         with nullcontext() if last else sharding.no_sync(accelerator, model):
@@ -207,10 +211,15 @@ def _backward(model: nn.Module, batch: MicroBatch, accelerator: Accelerator) -> 
     return losses.detach()
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
+def seed_step(seed: int, step: int, accelerator: Accelerator) -> None:
     """Seeds the global generators (dropout) from the step, so that nothing before it matters."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") % 2**63)
+    text, device = f"{seed}/{step}/{accelerator.process_index}", accelerator.device
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "little") % 2**63
+    # Not torch.manual_seed: of devices that are not in use it keeps every call, for ever.
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)
 
 
 def images_in(micro_batches: list[MicroBatch]) -> int:

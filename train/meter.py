@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,10 +27,11 @@ class Meter:
         steps: int,
         start: int,
         every: int,
+        left_out: Callable[[], int] = lambda: 0,
         before: Mapping[str, Any] | None = None,
     ) -> None:
-        """before: what `state` gave at step `start`."""
-        self._accelerator, self._trackers = accelerator, trackers
+        """left_out: how many steps were so far. before: what `state` gave at step `start`."""
+        self._accelerator, self._trackers, self._left_out = accelerator, trackers, left_out
         self._steps, self._every = steps, every
         self._bar = tqdm(
             total=steps,
@@ -47,22 +48,23 @@ class Meter:
 
     def _reset(self) -> None:
         self._since, self._waited = time.perf_counter(), 0.0
-        self._count = self._images = 0
+        self._images = 0
         self._loss = torch.zeros((), device=self._accelerator.device)
+        self._taken = torch.zeros((), device=self._accelerator.device)
 
     def state(self) -> dict[str, Any]:
         """Of the line that is not full yet, the losses by process. The processes meet here."""
-        losses, images = self._accelerator.gather(self._mine()[None]).T.tolist()
+        losses, images, taken = self._accelerator.gather(self._mine()[None]).T.tolist()
         return {
             "losses": losses,
             "images": sum(images),
-            "steps": self._count,
+            "steps": int(taken[0]),
             "seconds": self._seconds(),
             "waited": self._waited,
         }
 
     def _go_on(self, before: Mapping[str, Any]) -> None:
-        self._count = int(before["steps"])
+        self._taken += before["steps"]
         self._since -= before["seconds"]
         self._waited = before["waited"]
         losses, main = before["losses"], self._accelerator.is_main_process
@@ -73,14 +75,16 @@ class Meter:
             self._loss += sum(losses)
         self._images = int(before["images"]) if main else 0
 
-    def _summed(self) -> tuple[float, float]:
-        """Losses and images of all processes."""
-        loss, images = self._accelerator.reduce(self._mine(), reduction="sum").tolist()
-        return loss, images
+    def _summed(self) -> tuple[float, float, float]:
+        """Losses and images of all processes, and the steps they took together."""
+        sums = self._accelerator.reduce(self._mine(), reduction="sum").tolist()
+        loss, images, taken = sums
+        return loss, images, taken / self._accelerator.num_processes
 
     def _mine(self) -> Tensor:
-        """(2,) losses and images of this process."""
-        return torch.stack([self._loss, torch.full_like(self._loss, self._images)])
+        """(3,) losses, images and steps taken of this process."""
+        images = torch.full_like(self._loss, self._images)
+        return torch.stack([self._loss, images, self._taken])
 
     def _seconds(self) -> float:
         """Of training."""
@@ -111,26 +115,25 @@ class Meter:
         self,
         done: int,
         epoch: float,
-        loss: Tensor | None,
+        loss: Tensor,
+        taken: Tensor,
         rates: dict[str, float],
         norm: Any,
         *,
         images: int,
-        left_out: int = 0,
     ) -> None:
         """Counts one optimizer step; every so often reads the device once and logs a line.
 
-        loss: None for a step that was left out. left_out: how many were so far.
+        taken: () 0 for a step that was left out, whose loss does not count, else 1.
         """
-        if loss is not None:
-            self._loss += loss
-            self._count += 1
+        self._loss += torch.where(taken > 0, loss, 0)
+        self._taken += taken
         self._images += images
         self._bar.update()
         if done % self._every and done != self._steps:
             return
-        (total, seen), seconds = self._summed(), self._seconds()
-        loss_mean = total / self._count if self._count else None
+        (total, seen, count), seconds = self._summed(), self._seconds()
+        loss_mean, left_out = total / count if count else None, self._left_out()
         metrics = {
             "step": done,
             "epoch": round(epoch, 4),

@@ -125,7 +125,7 @@ def start(config: RunConfig, planned: Plan) -> Iterator[tuple[Accelerator, Pipel
 
     with planned.lock, stopping.listening(config.output):
         quieten()
-        accelerator = open_accelerator(config.train.mixed_precision)
+        accelerator = open_accelerator(config.train.mixed_precision, tf32=config.train.tf32)
         pipeline = models.load_base(config, accelerator)
         _say(f"predicts {pipeline.scheduler.config.prediction_type}")
         hashes = {part: models.fingerprint(getattr(pipeline, part)) for part in _HASHED}

@@ -35,7 +35,7 @@ WITHOUT = [
     Removal(
         "dropout is drawn anew from each step",
         "train/loop.py",
-        "            seed_step(config.seed, step, accelerator.process_index)\n",
+        "            seed_step(config.seed, step, accelerator)\n",
         "",
         LORA,
     ),

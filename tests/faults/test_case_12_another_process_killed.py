@@ -31,7 +31,7 @@ PLACES = {
     "caching": ("data.cache:_encode_batch", 1),
     "a barrier": ("train.previews:Previews._write", 2),
     "a step": ("train.loop:accumulate", 4),
-    "between backward and update": ("train.guards:Guard.passes", 4),
+    "between backward and update": ("train.guards:PromptGuard.step", 4),
     "a validation": ("train.validation:_moved", 3),
     "a save": ("train.checkpoint:Checkpoints.save", 2),
 }

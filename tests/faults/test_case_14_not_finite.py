@@ -20,15 +20,15 @@ WITHOUT = [
     Removal(
         "the step is left out",
         "train/guards.py",
-        "        if not self._agreement.most(not sound)[0]:",
-        "        if self._agreement.most(not sound):",
+        "        return not self._agreement.most(not sound)[0]",
+        "        return bool(self._agreement.most(not sound))",
         "by_both",
     ),
     Removal(
         "by all processes",
         "train/guards.py",
-        "        if not self._agreement.most(not sound)[0]:",
-        "        if sound:",
+        "        return not self._agreement.most(not sound)[0]",
+        "        return sound",
         "by_both",
     ),
     Removal(
@@ -48,8 +48,8 @@ WITHOUT = [
     Removal(
         "the samples are named",
         "train/guards.py",
-        "            if not finite\n",
-        "            if finite\n",
+        "        if not finite\n",
+        "        if finite\n",
         "by_both",
     ),
     Removal(
