@@ -3,7 +3,10 @@
     python scripts/benchmark.py data
     python scripts/benchmark.py data quick=true output=benchmark.json
     python scripts/benchmark.py data parts='[decode, reading]'
-    python scripts/benchmark.py metrics
+    python scripts/benchmark.py train
+    python scripts/benchmark.py train model=full resolution=768 precision=bf16 rank=16
+    python scripts/benchmark.py train parts='[speed]' against='{compile: blocks}'
+    python scripts/benchmark.py eval
     python scripts/benchmark.py checkpoint
     python scripts/benchmark.py watermark
 
@@ -17,9 +20,12 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from train.config import Section, UserError, command, load
 
 DataPart = Literal["decode", "planning", "reading", "memory", "edit"]
+TrainPart = Literal["speed", "reference", "memory", "python"]
 MetricsPart = Literal["streaming", "frechet", "intervals", "pairs"]
 CheckpointPart = Literal["writing", "training"]
 WatermarkPart = Literal["drawn", "textured"]
@@ -38,8 +44,57 @@ class DataBenchmark(Section):
     """Folder for some GiB of files made and removed; default: the system's own."""
 
 
-class MetricsBenchmark(Section):
-    """Distances between sets of features, on one thread (scripts/benchmark.py metrics)."""
+class TrainBenchmark(Section):
+    """The training loop: its speed, and against what it is held (scripts/benchmark.py train)."""
+
+    output: Path | None = None
+    """JSON file for the figures; by default they are only printed."""
+    quick: bool = False
+    """A few steps: figures to try it out, not to quote."""
+    parts: list[TrainPart] = ["speed", "reference", "memory", "python"]
+    """What to measure: speed; reference, a published recipe on the same model, in turns with it;
+    memory, in a process of its own; python, a step of a model of one number."""
+    scratch: Path | None = None
+    """Folder for base models, pictures and checkpoints made and removed; default: the system's
+    own."""
+    steps: int = Field(8, ge=1)
+    """Optimizer steps in a round, besides 3 that do not count."""
+    rounds: int = Field(9, ge=1)
+    """Rounds, besides one that does not count."""
+    against: dict[str, Any] | None = None
+    """What differs in another setting that is measured in turns with this one, like {rank: 64}."""
+    model: Literal["toy", "small", "full"] = "small"
+    """The toy base; SD 2's shape with 8.6 million parameters; SD 2.1's own size."""
+    method: Literal["lora", "textual_inversion", "full"] = "lora"
+    """What trains."""
+    resolution: int = Field(256, ge=64, multiple_of=64)
+    """Side of the pictures in pixels."""
+    micro_batch: int = Field(4, ge=1)
+    """Pictures of one forward pass."""
+    micro_batches: int = Field(1, ge=1)
+    """Forward passes of one optimizer step."""
+    rank: int = Field(8, ge=1)
+    """Of the LoRA."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """As train.mixed_precision."""
+    compile: Literal["none", "blocks", "graphs"] = "none"
+    """As train.compile."""
+    checkpointing: bool = False
+    """As train.gradient_checkpointing."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """As train.quantize."""
+    channels_last: bool = False
+    """As train.channels_last."""
+    tf32: bool = False
+    """As train.tf32."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "schedule_free"] = "adamw"
+    """As optim.name."""
+    workers: int = Field(2, ge=0)
+    """As data.workers."""
+
+
+class EvalBenchmark(Section):
+    """Distances between sets of features, on one thread (scripts/benchmark.py eval)."""
 
     output: Path | None = None
     """JSON file for the figures; by default they are only printed."""
@@ -79,14 +134,16 @@ def main(arguments: list[str]) -> None:
         print((__doc__ or "").strip())
     elif task == "data":
         data(load(DataBenchmark, rest))
-    elif task == "metrics":
-        metrics(load(MetricsBenchmark, rest))
+    elif task == "train":
+        train(load(TrainBenchmark, rest))
+    elif task == "eval":
+        evaluation(load(EvalBenchmark, rest))
     elif task == "checkpoint":
         checkpoint(load(CheckpointBenchmark, rest))
     elif task == "watermark":
         watermark(load(WatermarkBenchmark, rest))
     else:
-        remedy = "python scripts/benchmark.py data, metrics, checkpoint or watermark"
+        remedy = "python scripts/benchmark.py train, data, eval, checkpoint or watermark"
         raise UserError(f"say what to measure, and not {task!r}: {remedy}")
 
 
@@ -98,7 +155,24 @@ def data(config: DataBenchmark) -> None:
     report(results, data_benchmark.table(results), config)
 
 
-def metrics(config: MetricsBenchmark) -> None:
+def train(config: TrainBenchmark) -> None:
+    from scripts.benchmarks import train_benchmark
+
+    named = train_benchmark.Setting.__dataclass_fields__
+    results = train_benchmark.measure(
+        train_benchmark.Setting(
+            **{name: getattr(config, name) for name in named}  # which are the same here and there
+        ),
+        config.parts,
+        against=config.against,
+        steps=2 if config.quick else config.steps,
+        rounds=2 if config.quick else config.rounds,
+        scratch=config.scratch,
+    )
+    report(results, train_benchmark.table(results), config)
+
+
+def evaluation(config: EvalBenchmark) -> None:
     from scripts.benchmarks import metrics_benchmark
 
     scale = metrics_benchmark.QUICK if config.quick else metrics_benchmark.FULL
@@ -125,7 +199,7 @@ def watermark(config: WatermarkBenchmark) -> None:
 def report(
     results: dict[str, Any],
     table: str,
-    config: DataBenchmark | MetricsBenchmark | CheckpointBenchmark | WatermarkBenchmark,
+    config: Any,
 ) -> None:
     """Print the figures as JSON and as the table, and write the JSON to config.output."""
     from scripts.benchmarks import measuring

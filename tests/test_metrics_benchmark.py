@@ -1,4 +1,4 @@
-"""scripts/benchmark.py metrics: the same code as in earnest on next to nothing."""
+"""scripts/benchmark.py eval: the same code as in earnest on next to nothing."""
 
 import json
 import os

@@ -130,8 +130,11 @@ class Meter:
         self._taken += taken
         self._images += images
         self._bar.update()
-        if done % self._every and done != self._steps:
-            return
+        if done % self._every == 0 or done == self._steps:
+            self._log(done, epoch, rates, norm)
+
+    def _log(self, done: int, epoch: float, rates: dict[str, float], norm: Any) -> None:
+        """A line of metrics, the only place where the device is waited for."""
         (total, seen, count), seconds = self._summed(), self._seconds()
         loss_mean, left_out = total / count if count else None, self._left_out()
         metrics = {

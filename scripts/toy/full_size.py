@@ -13,9 +13,10 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from train.config import Section, UserError, command, load
@@ -65,6 +66,7 @@ _CLASSES = {
     "scheduler": ("diffusers", "DDIMScheduler"),
 }
 _PARAMETERS = 1_290_000_000
+Changes = Mapping[str, Mapping[str, Any]]
 
 
 class FullSizeConfig(Section):
@@ -102,8 +104,17 @@ def check(config: FullSizeConfig) -> None:
     check_space(config.output, size, what="the model")
 
 
-def write(folder: Path, *, seed: int, dtype: Literal["fp16", "fp32"]) -> None:
-    """The pipeline's folder. Memory: the largest part alone, 1.7 GB in fp16."""
+def write(
+    folder: Path,
+    *,
+    seed: int,
+    dtype: Literal["fp16", "fp32"],
+    changes: Changes = MappingProxyType({}),
+) -> None:
+    """The pipeline's folder. Memory: the largest part alone, 1.7 GB in fp16.
+
+    changes: to the configuration of "unet", "vae" and "text_encoder", for a smaller model.
+    """
     import torch
     from diffusers import __version__
 
@@ -114,7 +125,7 @@ def write(folder: Path, *, seed: int, dtype: Literal["fp16", "fp32"]) -> None:
     tokenizer.save_pretrained(str(folder / "tokenizer"))
     scheduler: Any = build_scheduler()
     scheduler.save_pretrained(str(folder / "scheduler"))
-    for name, build in builders(tokenizer).items():
+    for name, build in builders(tokenizer, changes).items():
         torch.manual_seed(seed)
         with default_dtype(torch.float16 if dtype == "fp16" else torch.float32):
             build().save_pretrained(str(folder / name), max_shard_size="10GB")
@@ -125,17 +136,22 @@ def write(folder: Path, *, seed: int, dtype: Literal["fp16", "fp32"]) -> None:
     (folder / "model_index.json").write_text(text + "\n", encoding="utf-8")
 
 
-def builders(tokenizer: Any) -> dict[str, Callable[[], Any]]:
-    """What builds each part that has weights. The special tokens are the tokenizer's own."""
+def builders(
+    tokenizer: Any, changes: Changes = MappingProxyType({})
+) -> dict[str, Callable[[], Any]]:
+    """What builds each part that has weights, changed or not. The special tokens are the
+    tokenizer's own."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    special = {key: getattr(tokenizer, key) for key in ids}
+    text = TEXT_ENCODER | {key: getattr(tokenizer, key) for key in ids}
+    unet, vae = {**UNET, **changes.get("unet", {})}, {**VAE, **changes.get("vae", {})}
+    text |= changes.get("text_encoder", {})
     return {
-        "unet": lambda: UNet2DConditionModel(**UNET),
-        "vae": lambda: AutoencoderKL(**VAE),
-        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER, **special)),
+        "unet": lambda: UNet2DConditionModel(**unet),
+        "vae": lambda: AutoencoderKL(**vae),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**text)),
     }
 
 

@@ -1,0 +1,475 @@
+"""How fast the training loop is: against the bare computation, against a published recipe, against
+another setting, and against what the device's matrix products reach."""
+
+from __future__ import annotations
+
+import itertools
+import runpy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from scripts.benchmarks import measuring, train_models
+from scripts.benchmarks.measuring import spread
+from train.config import ROOT, FullRun, LoraRun, RunConfig, TextualInversionRun, UserError, load
+
+if TYPE_CHECKING:
+    from train.method import Method
+
+MethodName = Literal["lora", "textual_inversion", "full"]
+_RUNS: dict[str, type[RunConfig]] = {
+    "lora": LoraRun,
+    "textual_inversion": TextualInversionRun,
+    "full": FullRun,
+}
+_WARM = 3  # steps that do not count
+_CUDA_SIDE, _CPU_SIDE = 8192, 2048  # of the matrices whose product is the peak
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how."""
+
+    model: train_models.Size = "small"
+    method: MethodName = "lora"
+    resolution: int = 256
+    micro_batch: int = 4
+    micro_batches: int = 1
+    """Per optimizer step."""
+    rank: int = 8
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: Literal["none", "blocks", "graphs"] = "none"
+    checkpointing: bool = False
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    channels_last: bool = False
+    tf32: bool = False
+    optimizer: str = "adamw"
+    workers: int = 2
+
+    @property
+    def batch(self) -> int:
+        return self.micro_batch * self.micro_batches
+
+
+def measure(
+    setting: Setting,
+    parts: Sequence[str],
+    *,
+    against: Mapping[str, Any] | None = None,
+    steps: int,
+    rounds: int,
+    scratch: Path | None = None,
+) -> dict[str, Any]:
+    """The figures of each part. against: what differs in another setting, measured in turns."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=scratch) as folder:
+        where = Path(folder)
+        results: dict[str, Any] = {"setting": asdict(setting), "steps": steps, "rounds": rounds}
+        if {"speed", "reference"} & set(parts):
+            other = other_setting(setting, against) if against else None
+            results |= speed(setting, other, where, steps, rounds, "reference" in parts)
+        if "memory" in parts:
+            alone = {"setting": asdict(setting), "folder": folder}
+            results["memory"] = measuring.fresh(f"{__name__}:memory", **alone)
+        if "python" in parts:
+            results["python"] = one_parameter(where, rounds)
+        return results
+
+
+def other_setting(setting: Setting, against: Mapping[str, Any]) -> Setting:
+    """Raises UserError for what is no setting, or cannot be changed within one process."""
+    unknown = against.keys() - asdict(setting).keys()
+    if unknown:
+        known = ", ".join(asdict(setting))
+        raise UserError(f"against: {sorted(unknown)[0]!r} is no setting; choose among {known}")
+    if "precision" in against or "tf32" in against:
+        raise UserError("against: precision and tf32 are a whole process's; run it once for each")
+    return replace(setting, **against)
+
+
+def speed(
+    setting: Setting, other: Setting | None, folder: Path, steps: int, rounds: int, reference: bool
+) -> dict[str, Any]:
+    """Seconds per step of the loop, of its computation alone, and of what they are held against,
+    each for `steps` steps in turns."""
+    trainer = Trainer(setting, folder)
+    ways: dict[str, Callable[[int], dict[str, float]]] = {"loop": trainer.fit, "bare": trainer.bare}
+    if reference:
+        ways["reference"] = trainer.reference
+    if other is not None:
+        ways["against"] = Trainer(other, folder, trainer.accelerator).fit
+    taken = [{name: way(steps) for name, way in ways.items()} for _ in range(rounds + 1)][1:]
+    loop = [one["loop"] for one in taken]
+    results: dict[str, Any] = {
+        "seconds": {name: spread([one[name]["step"] for one in taken]) for name in ways},
+        "data_wait": spread([one["waited"] / one["step"] for one in loop]),
+        "split": {
+            name: spread([one["bare"][name] for one in taken])
+            for name in ("forward", "backward", "optimizer")
+        },
+        "ratios": {
+            name: spread([one[name]["step"] / one["loop"]["step"] for one in taken])
+            for name in ways
+            if name != "loop"
+        },
+    }
+    median = results["seconds"]["loop"]["median"]
+    peak = matmul_peak(trainer.accelerator, setting.precision)
+    work = trainer.flops() * setting.batch
+    return results | {
+        "images_per_second": round(setting.batch / median, 3),
+        "tflop_per_second": round(work / median / 1e12, 4),
+        "matmul_tflop_per_second": round(peak / 1e12, 4),
+        "share_of_matmul": round(work / median / peak, 4),
+        "device_peak_gib": trainer.device_peak_gib(),
+        **({"against": asdict(other)} if other else {}),
+    }
+
+
+class Trainer:
+    """A setting that is ready to train."""
+
+    def __init__(self, setting: Setting, folder: Path, accelerator: Any = None) -> None:
+        from train import feeding, models, new_tokens, pictures
+        from train.launch import open_accelerator
+
+        self.setting, self.folder = setting, folder
+        self.config = configuration(setting, folder)
+        self.accelerator = accelerator or open_accelerator(setting.precision, tf32=setting.tf32)
+        self.pipeline = models.load_base(self.config, self.accelerator)
+        tokens = []
+        if isinstance(self.config, TextualInversionRun):
+            wanted = self.config.textual_inversion.tokens
+            tokens = new_tokens.add(self.pipeline.tokenizer, wanted)
+        self.batches = feeding.batches(
+            pictures.find(self.config.data),
+            self.pipeline,
+            self.config,
+            self.accelerator,
+            cache_captions=setting.method != "textual_inversion",
+        )
+        if setting.method != "full":
+            models.store_in(self.pipeline, self.config.train)
+        self.method = self._method(tokens)
+        self._outputs = (folder / f"run-{id(self)}-{number}" for number in itertools.count())
+        self._reference: Iterator[float] | None = None
+
+    def _method(self, tokens: Sequence[Any]) -> Method:
+        from train.diffusion import Objective
+
+        config, pipeline = self.config, self.pipeline
+        objective = Objective.of(pipeline.scheduler, config.diffusion)
+        # The command's own method: nothing may import a command.
+        of = runpy.run_path(str(ROOT / f"train/{self.setting.method}.py"))
+        if isinstance(config, LoraRun):
+            return of["Lora"](pipeline, objective, config.lora, seed=0)
+        if isinstance(config, TextualInversionRun):
+            return of["TextualInversion"](pipeline, objective, tokens, config.lora, seed=0)
+        assert isinstance(config, FullRun)
+        return of["Full"](pipeline, objective, config.full)
+
+    def fit(self, steps: int) -> dict[str, float]:
+        """Seconds of a step of the project's loop, and of those waited for data."""
+        from train.loop import fit
+
+        train = self.config.train.model_copy(update={"steps": steps + _WARM})
+        often = {"every": steps + _WARM}
+        config = self.config.model_copy(
+            update={
+                "output": next(self._outputs),
+                "train": train,
+                "checkpoint": self.config.checkpoint.model_copy(update=often),
+            }
+        )
+        timed = Timed(replace(self.batches, steps=train.steps), self._wait)
+        fit(self.method, timed, config, self.accelerator)
+        # Accelerate puts a forward of its own before the module's, once more at every call.
+        vars(self.method.model).pop("forward", None)
+        return {"step": timed.seconds / steps, "waited": timed.waited / steps}
+
+    def bare(self, steps: int) -> dict[str, float]:
+        """Seconds of forward, backward and optimizer on one batch that is there already."""
+        from train import optim
+
+        optimizer = optim.build(self.method.parameter_groups(self.config.optim), self.config.optim)
+        taken = [self._bare_step(optimizer) for _ in range(steps + _WARM)][_WARM:]
+        phases = {name: statistics.fmean(one[name] for one in taken) for name in taken[0]}
+        return phases | {"step": sum(phases.values())}
+
+    def _bare_step(self, optimizer: Any) -> dict[str, float]:
+        marks = [self._now()]
+        losses = []
+        for batch in self._one_step():
+            with self.accelerator.autocast():
+                losses.append((self.method.model(batch) * batch["weight"]).sum())
+        marks.append(self._now())
+        for loss in losses:
+            loss.backward()
+        marks.append(self._now())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        marks.append(self._now())
+        return {
+            name: end - start
+            for name, (start, end) in zip(
+                ("forward", "backward", "optimizer"), itertools.pairwise(marks), strict=True
+            )
+        }
+
+    def _one_step(self) -> list[dict[str, Any]]:
+        if not hasattr(self, "_batch"):
+            (given,) = replace(self.batches, steps=1, workers=0)(0)
+            device = self.accelerator.device
+            self._batch = [
+                {k: v.to(device) if hasattr(v, "to") else v for k, v in one.items()}
+                for one in given
+            ]
+        return self._batch
+
+    def reference(self, steps: int) -> dict[str, float]:
+        """Seconds of a step of the published recipe, on the same model."""
+        from scripts.benchmarks import plain_recipe
+
+        if self._reference is None:
+            self.pipeline.to(self.accelerator.device)  # where the encoders had left it
+            self._reference = plain_recipe.losses(
+                self.pipeline,
+                Path(self.config.data.path or ""),
+                self.accelerator,
+                [p for p in self.method.model.parameters() if p.requires_grad],
+                batch=self.setting.batch,
+                side=self.setting.resolution,
+            )
+        for _ in range(_WARM):
+            next(self._reference)
+        start = self._now()
+        for _ in range(steps):
+            next(self._reference)
+        return {"step": (self._now() - start) / steps}
+
+    def flops(self) -> float:
+        """Of a picture, without what checkpointing does again."""
+        from train import flops
+        from train.architecture import Architecture
+
+        side = self.setting.resolution
+        work = flops.count(Architecture.of(self.config.model), (side, side))
+        return flops.per_picture(self.config, work).model
+
+    def device_peak_gib(self) -> float | None:
+        """Of a GPU's allocator, since the process began."""
+        import torch
+
+        if self.accelerator.device.type != "cuda":
+            return None
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+
+    def _now(self) -> float:
+        self._wait()
+        return time.perf_counter()
+
+    def _wait(self) -> None:
+        import torch
+
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Timed:
+    """Batches that note how long `fit` takes with them, from the first that counts to the end. The
+    device is waited for at both, and not between."""
+
+    held_out = None
+
+    def __init__(self, batches: Any, wait: Callable[[], None]) -> None:
+        self._batches, self._wait = batches, wait
+        self.seconds = self.waited = 0.0
+
+    def epochs(self, steps: int) -> float:
+        return self._batches.epochs(steps)
+
+    def __call__(self, start: int) -> Iterator[Any]:
+        source = iter(self._batches(start))
+        began = 0.0
+        for number in itertools.count():
+            if number == _WARM:
+                self._wait()
+                began, self.waited = time.perf_counter(), 0.0
+            before = time.perf_counter()
+            batch = next(source, None)
+            self.waited += time.perf_counter() - before
+            if batch is None:
+                break
+            yield batch
+        self._wait()
+        self.seconds = time.perf_counter() - began
+
+
+def configuration(setting: Setting, folder: Path) -> RunConfig:
+    """The run of a setting, on pictures and a base that are made where they are not there."""
+    base = train_models.base(setting.model, folder)
+    side, count = setting.resolution, max(4 * setting.batch, 16)
+    shown = train_models.pictures(folder / f"pictures-{side}", count, side)
+    overrides = [
+        f"output={folder / 'run'}",
+        f"model.path={base}",
+        f"data.path={shown}",
+        f"data.cache={folder / 'cache'}",
+        f"data.resolution={setting.resolution}",
+        "data.bucket_step=8",
+        f"data.workers={setting.workers}",
+        f"train.batch_size={setting.batch}",
+        f"train.micro_batch_size={setting.micro_batch}",
+        f"train.mixed_precision={setting.precision}",
+        f"train.compile={setting.compile}",
+        f"train.gradient_checkpointing={str(setting.checkpointing).lower()}",
+        f"train.quantize={setting.quantize}",
+        f"train.channels_last={str(setting.channels_last).lower()}",
+        f"train.tf32={str(setting.tf32).lower()}",
+        f"optim.name={setting.optimizer}",
+        "optim.warmup_steps=0",
+        "preview.every=0",
+        "validation.every=0",
+        *_of_method(setting),
+    ]
+    return load(_RUNS[setting.method], overrides)
+
+
+def _of_method(setting: Setting) -> list[str]:
+    if setting.method == "lora":
+        return [f"lora.rank={setting.rank}", f"lora.alpha={setting.rank}"]
+    if setting.method == "textual_inversion":
+        return ["textual_inversion.tokens=[{token: <it>, initial: a}]"]
+    return []
+
+
+def matmul_peak(accelerator: Any, precision: str) -> float:
+    """FLOP/s of the best of 7 products of large square matrices, in the precision of training."""
+    import torch
+
+    from train.models import dtype_of
+
+    cuda = accelerator.device.type == "cuda"
+    side = _CUDA_SIDE if cuda else _CPU_SIDE
+    one = torch.randn(side, side, device=accelerator.device, dtype=dtype_of(precision))
+
+    def product() -> None:
+        for _ in range(20 if cuda else 1):
+            torch.mm(one, one)
+        if cuda:
+            torch.cuda.synchronize()
+
+    product()
+    best = min(measuring.seconds(product) for _ in range(7))
+    return 2 * side**3 * (20 if cuda else 1) / best
+
+
+def memory(setting: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A few steps in a process of its own, whose peak is noted."""
+    trainer = Trainer(Setting(**setting), Path(folder))
+    trainer.fit(2)
+    return {"device_peak_gib": trainer.device_peak_gib()}
+
+
+def one_parameter(folder: Path, rounds: int, steps: int = 1000) -> dict[str, Any]:
+    """Milliseconds of a step of the loop with a model of one number, which is all but computing."""
+    import torch
+    from torch import nn
+
+    from train.config import LoopConfig
+    from train.launch import open_accelerator
+    from train.loop import fit
+
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, batch: dict[str, Any]) -> Any:
+            return (batch["x"] - self.weight).square()
+
+    class Toy:
+        def __init__(self) -> None:
+            self.model = One()
+
+        def parameter_groups(self, config: Any) -> list[dict[str, Any]]:
+            return [{"params": [self.model.weight]}]
+
+        def pipeline(self) -> None:
+            return None
+
+        def export(self, directory: Path) -> None:
+            pass
+
+    class Given:
+        def epochs(self, steps: int) -> float:
+            return 0.0
+
+        def __call__(self, start: int) -> Iterator[Any]:
+            one = {"x": torch.ones(1), "weight": torch.ones(1), "ids": ["one"]}
+            yield from ([dict(one)] for _ in range(steps))
+
+    accelerator = open_accelerator("no")
+    taken = []
+    for number in range(rounds):
+        overrides = {
+            "output": folder / f"one-{number}",
+            "train": {"steps": steps},
+            "preview": {"every": 0},
+            "checkpoint": {"every": steps},
+        }
+        timed = Timed(Given(), lambda: None)
+        fit(Toy(), timed, LoopConfig(**overrides), accelerator)
+        taken.append(1000 * timed.seconds / (steps - _WARM))
+    return {"steps": steps, "milliseconds": spread(taken)}
+
+
+# The table
+
+
+def _span(values: dict[str, float], digits: int = 3) -> str:
+    return "{median:,.{0}f} ({min:,.{0}f} to {max:,.{0}f})".format(digits, **values)
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| what | measured | target |", "| --- | --- | --- |"]
+    lines += [f"| {what} | {value} | {target} |" for what, value, target in _rows(results)]
+    return "\n".join(lines)
+
+
+def _rows(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    if "seconds" in results:
+        yield from _speed_rows(results)
+    if "memory" in results:
+        memory = results["memory"]
+        yield "peak resident memory, MiB", f"{memory['peak_mib']:,.0f}", ""
+        if memory["device_peak_gib"] is not None:
+            yield "peak of the device's allocator, GiB", f"{memory['device_peak_gib']:.2f}", ""
+    if "python" in results:
+        taken = _span(results["python"]["milliseconds"])
+        yield "a step of a model of one number, milliseconds", taken, "at most 2"
+
+
+def _speed_rows(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    seconds, ratios = results["seconds"], results["ratios"]
+    yield "pictures per second", f"{results['images_per_second']:,.2f}", ""
+    yield "a step, seconds", _span(seconds["loop"]), ""
+    yield "waiting for data, share of it", _span(results["data_wait"], 4), "at most 0.02"
+    for name, values in results["split"].items():
+        yield f"{name} alone, seconds", _span(values), ""
+    yield "the bare computation, seconds", _span(seconds["bare"]), ""
+    yield "the bare computation to the loop", _span(ratios["bare"]), "at least 0.97"
+    if "reference" in seconds:
+        yield "the published recipe, seconds", _span(seconds["reference"]), ""
+        yield "times as fast as the published recipe", _span(ratios["reference"]), "at least 1.6"
+    if "against" in seconds:
+        yield "the other setting, seconds", _span(seconds["against"]), ""
+        yield "times as fast as the other setting", _span(ratios["against"]), ""
+    yield "TFLOP/s", f"{results['tflop_per_second']:,.3f}", ""
+    yield "TFLOP/s of a matrix product here", f"{results['matmul_tflop_per_second']:,.3f}", ""
+    yield "share of that", f"{results['share_of_matmul']:.1%}", ""
+    if results["device_peak_gib"] is not None:
+        yield "peak of the device's allocator, GiB", f"{results['device_peak_gib']:.2f}", ""
