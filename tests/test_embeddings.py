@@ -4,6 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data.tokens import tokenize
 from tests.tiny import tiny_pipeline
@@ -158,3 +160,33 @@ def test_embeddings_that_are_not_finite_are_not_written(tmp_path):
     with pytest.raises(UserError, match="<owl-0> are not finite"):
         saved(tmp_path, tokens_of(1), torch.full((1, 4), torch.nan))
     assert not list(tmp_path.iterdir())
+
+
+class Sizes(TorchDispatchMode):
+    """How many numbers each operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.made.append((operation.overloadpacket.__name__, [t.numel() for t in tensors]))
+        return result
+
+
+def step(vocabulary):
+    """What one optimizer step makes with a table of so many rows."""
+    module = embeddings.Embeddings(table(vocabulary), [vocabulary, vocabulary + 1], short(2, 4))
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
+    ids = torch.tensor([[1, vocabulary, 2, vocabulary + 1]])
+    with Sizes() as sizes:
+        module(ids).square().sum().backward()
+        optimizer.step()
+    return sizes.made
+
+
+def test_a_step_costs_the_same_whatever_the_vocabulary():
+    assert step(100) == step(50_000)
+    assert max(max(numbers, default=0) for _, numbers in step(50_000)) < 100

@@ -47,6 +47,9 @@ class Samples:
     def epochs(self, steps):
         return steps / 2
 
+    def work(self, micro_batches):
+        return 0.0
+
     def __init__(self, steps, cuts=(2, 1)):
         self.steps, self.cuts = steps, cuts
 

@@ -39,6 +39,9 @@ class Batches(Protocol):
     def epochs(self, steps: int) -> float:
         """How many epochs so many optimizer steps are."""
 
+    def work(self, micro_batches: list[MicroBatch]) -> float:
+        """The seconds that they would take the device at its peak rate; 0 where that is unknown."""
+
     def __call__(self, start: int) -> Iterable[list[MicroBatch]]:
         """One list per optimizer step, from `start` to the last. The "weight" (B,) of a batch's
         samples sums to 1 over all processes, so that the weighted sum of losses is the mean over
@@ -135,6 +138,7 @@ def fit(
                 rates,
                 norm,
                 images=images_in(micro_batches),
+                work=batches.work(micro_batches),
             )
             with meter.aside():
                 pause.after(done)

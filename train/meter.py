@@ -48,7 +48,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._since, self._waited = time.perf_counter(), 0.0
-        self._images = 0
+        self._images, self._work = 0, 0.0
         self._loss = torch.zeros((), device=self._accelerator.device)
         self._taken = torch.zeros((), device=self._accelerator.device)
 
@@ -61,12 +61,13 @@ class Meter:
             "steps": int(taken[0]),
             "seconds": self._seconds(),
             "waited": self._waited,
+            "work": self._work,
         }
 
     def _go_on(self, before: Mapping[str, Any]) -> None:
         self._taken += before["steps"]
         self._since -= before["seconds"]
-        self._waited = before["waited"]
+        self._waited, self._work = before["waited"], before.get("work", 0.0)
         losses, main = before["losses"], self._accelerator.is_main_process
         if len(losses) == self._accelerator.num_processes:
             # Each goes on from its own: floats that are added up in another order differ.
@@ -121,14 +122,17 @@ class Meter:
         norm: Any,
         *,
         images: int,
+        work: float = 0.0,
     ) -> None:
         """Counts one optimizer step; every so often reads the device once and logs a line.
 
-        taken: () 0 for a step that was left out, whose loss does not count, else 1.
+        taken: () 0 for a step that was left out, whose loss does not count, else 1. work: seconds
+        that the step would take this device at its peak rate; 0 where that is unknown.
         """
         self._loss += torch.where(taken > 0, loss, 0)
         self._taken += taken
         self._images += images
+        self._work += work
         self._bar.update()
         if done % self._every == 0 or done == self._steps:
             self._log(done, epoch, rates, norm)
@@ -146,6 +150,7 @@ class Meter:
             **({"left_out": left_out} if left_out else {}),
             "images_per_second": round(seen / seconds, 3),
             "data_wait_fraction": round(self._waited / seconds, 4),
+            **({"mfu": round(self._work / seconds, 4)} if self._work else {}),
             "peak_memory_gib": round(peak_memory_gib(self._accelerator.device), 3),
         }
         self._trackers.log(metrics)

@@ -291,6 +291,9 @@ class Timed:
     def epochs(self, steps: int) -> float:
         return self._batches.epochs(steps)
 
+    def work(self, micro_batches: Any) -> float:
+        return self._batches.work(micro_batches)
+
     def __call__(self, start: int) -> Iterator[Any]:
         source = iter(self._batches(start))
         began = 0.0
@@ -406,6 +409,9 @@ def one_parameter(folder: Path, rounds: int, steps: int = 1000) -> dict[str, Any
 
     class Given:
         def epochs(self, steps: int) -> float:
+            return 0.0
+
+        def work(self, micro_batches: Any) -> float:
             return 0.0
 
         def __call__(self, start: int) -> Iterator[Any]:

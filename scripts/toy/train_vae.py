@@ -52,6 +52,9 @@ class Crops:
     def epochs(self, steps: int) -> float:
         return steps / self._each
 
+    def work(self, micro_batches: Any) -> float:
+        return 0.0
+
     def __call__(self, start: int) -> Iterable[list[dict[str, Any]]]:
         for step in range(start, self._config.train.steps):
             yield [self._batch(generator(self._config.seed, "crops", step))]
