@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -41,6 +41,8 @@ DECODERS = min(8, os.cpu_count() or 1)
 Centre = tuple[float, float]
 Encode = Callable[["torch.Tensor"], "torch.Tensor"]
 EncodeText = Callable[[list[str]], "Sequence[torch.Tensor]"]
+Arriving = Callable[[], "torch.Tensor"]
+T = TypeVar("T")
 
 
 def _key(*parts: object) -> str:
@@ -150,7 +152,8 @@ def cache_latents(
     mean and log-variance along the channels. They are kept in float16 as "moments", and with
     `flip` those of the mirrored picture as "moments_flipped"; a mask and a depth map beside the
     picture become "mask" and "depth" (1, H/8, W/8), see `data.maps`. The next pictures are decoded
-    while these are encoded. The caller waits for the other processes, then calls `store.refresh`.
+    while these are encoded, and a batch is written once the next is on its way to the device. The
+    caller waits for the other processes, then calls `store.refresh`.
 
     `read` gives a picture's bytes. `progress(done, total)` is called after each batch, counts this
     process's entries, and may raise to stop: what is done stays done. Raises UserError naming a
@@ -161,8 +164,10 @@ def cache_latents(
     if not total:
         return 0  # a complete cache may be read-only
     with store.writer() as writer:
-        for jobs, ready in decoded(_batches(work, keys, batch_size), keys.background, read):
-            _encode_batch(jobs, ready, writer, encode, batch_size)
+        batches = decoded(_batches(work, keys, batch_size), keys.background, read)
+        encoding = ((batch, _encode_batch(*batch, encode, batch_size)) for batch in batches)
+        for (jobs, ready), moments in one_behind(encoding):
+            _write_batch(jobs, ready, moments, writer)
             done += len(jobs)
             progress(done, total)
     return total
@@ -273,23 +278,64 @@ def _unchanged(content: bytes, sha256: str, what: object) -> bytes:
 
 
 def _encode_batch(
-    jobs: list[Job], ready: list[Ready], writer: Writer, encode: Encode, batch_size: int
-) -> None:
+    jobs: list[Job], ready: list[Ready], encode: Encode, batch_size: int
+) -> dict[str, Arriving]:
+    """The moments of a batch by name, (batch_size, 2C, H/8, W/8)."""
     import torch
 
-    moments = {}
-    if "pixels" in ready[0]:
-        pixels = torch.stack([parts.pop("pixels") for parts in ready])
-        # Always as many at once: a sum's rounding may depend on the size of the batch, and the
-        # latents of a picture should not depend on which others were missing.
-        filled = [min(row, len(jobs) - 1) for row in range(batch_size)]
-        pixels = pixels[filled]
-        for name in jobs[0].missing:
-            if name in {MOMENTS, FLIPPED}:
-                turned = pixels.flip(-1) if name == FLIPPED else pixels
-                moments[name] = encode(turned).detach().cpu().half()
+    if "pixels" not in ready[0]:
+        return {}
+    pixels = torch.stack([parts.pop("pixels") for parts in ready])
+    # Always as many at once: a sum's rounding may depend on the size of the batch, and the
+    # latents of a picture should not depend on which others were missing.
+    filled = [min(row, len(jobs) - 1) for row in range(batch_size)]
+    pixels = pixels[filled]
+    return {
+        name: arriving(encode(pixels.flip(-1) if name == FLIPPED else pixels))
+        for name in jobs[0].missing
+        if name in {MOMENTS, FLIPPED}
+    }
+
+
+def arriving(moments: torch.Tensor) -> Arriving:
+    """Sends what is encoded, or still being encoded, to the CPU as float16; what it returns waits
+    for it."""
+    import torch
+
+    half = moments.detach().half()
+    if half.device.type != "cuda":
+        return half.cpu
+    sent = half.to("cpu", non_blocking=True)  # into pinned memory
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> torch.Tensor:
+        arrived.synchronize()
+        return sent
+
+    return wait
+
+
+def one_behind(started: Iterable[T]) -> Iterator[T]:
+    """The same, each once the next has been started; before an error, what had been started."""
+    waiting: list[T] = []
+    try:
+        for one in started:
+            waiting.append(one)
+            if len(waiting) > 1:
+                yield waiting.pop(0)
+    except Exception:
+        yield from waiting
+        raise
+    yield from waiting
+
+
+def _write_batch(
+    jobs: list[Job], ready: list[Ready], moments: dict[str, Arriving], writer: Writer
+) -> None:
+    arrived = {name: wait() for name, wait in moments.items()}
     for row, (job, beside) in enumerate(zip(jobs, ready, strict=True)):
-        latents = {name: values[row] for name, values in moments.items()}
+        latents = {name: values[row] for name, values in arrived.items()}
         check_finite(latents, job.record)
         writer.put(job.key, latents | beside)
 

@@ -14,7 +14,18 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import counter
-from data.cache import Encode, Job, LatentKeys, check_finite, decoded, identity, share
+from data.cache import (
+    Arriving,
+    Encode,
+    Job,
+    LatentKeys,
+    arriving,
+    check_finite,
+    decoded,
+    identity,
+    one_behind,
+    share,
+)
 from data.files import Progress, silent
 from data.images import Size
 from data.maps import DOWN
@@ -118,9 +129,12 @@ def cache_masked(
         return 0
     with store.writer() as writer:
         jobs = _jobs(work, keys, store, names)
-        for done, (batch, ready) in enumerate(decoded(jobs, keys.background, read), 1):
-            job, pixels = batch[0], ready[0]["pixels"]
-            tensors = _encoded(pixels, job, names, encode, batch_size)
+        encoding = (
+            (job, list(_encoding(parts["pixels"], job, names, encode, batch_size)))
+            for (job,), (parts,) in decoded(jobs, keys.background, read)
+        )
+        for done, (job, batches) in enumerate(one_behind(encoding), 1):
+            tensors = _beside_their_masks(batches)
             check_finite(tensors, job.record)
             writer.put(job.key, tensors)
             progress(done, total)
@@ -160,10 +174,14 @@ def _jobs(work: _Work, keys: LatentKeys, store: TensorStore, names: Names) -> It
         yield [Job(record, keys.size(index), centre, key, _missing(store, key, names))]
 
 
-def _encoded(
+Masks = dict[str, "torch.Tensor"]  # by the name of what they hide, float32 (1, H, W)
+
+
+def _encoding(
     pixels: torch.Tensor, job: Job, names: Names, encode: Encode, batch_size: int
-) -> dict[str, torch.Tensor]:
-    """By name, what is missing of one crop; pixels (3, H, W)."""
+) -> Iterator[tuple[Masks, Arriving]]:
+    """What is missing of one crop, in batches: masks, and the moments that they leave; pixels
+    (3, H, W)."""
     import torch
 
     wanted = [
@@ -171,21 +189,28 @@ def _encoded(
         for number, flipped in names
         if (name := tensor_name(number, flipped=flipped)) in job.missing
     ]
-    found: dict[str, torch.Tensor] = {}
     for start in range(0, len(wanted), batch_size):
         some = wanted[start : start + batch_size]
-        masks = [_mask(job, number, flipped) for _, number, flipped in some]
+        masks = {name: _mask(job, number, flipped) for name, number, flipped in some}
         hidden = [
-            (pixels.flip(-1) if flipped else pixels) * (mask < 0.5)
-            for mask, (_, _, flipped) in zip(masks, some, strict=True)
+            (pixels.flip(-1) if flipped else pixels) * (masks[name] < 0.5)
+            for name, _, flipped in some
         ]
         # Always as many at once, as in `data.cache`.
         filled = [hidden[min(row, len(some) - 1)] for row in range(batch_size)]
-        moments = encode(torch.stack(filled)).detach().cpu().half()
-        for (name, _, _), mask, values in zip(some, masks, moments, strict=False):
-            # The pipeline makes masks small by their nearest pixel too.
-            found[name] = torch.cat([mask[:, ::DOWN, ::DOWN].half(), values])
-    return found
+        yield masks, arriving(encode(torch.stack(filled)))
+
+
+def _beside_their_masks(batches: list[tuple[Masks, Arriving]]) -> dict[str, torch.Tensor]:
+    """What the entry of a crop gets, by name."""
+    import torch
+
+    return {
+        # The pipeline makes masks small by their nearest pixel too.
+        name: torch.cat([mask[:, ::DOWN, ::DOWN].half(), values])
+        for masks, wait in batches
+        for (name, mask), values in zip(masks.items(), wait(), strict=False)
+    }
 
 
 def _mask(job: Job, number: int, flipped: bool) -> torch.Tensor:

@@ -3,6 +3,7 @@ found, and how quiet they are."""
 
 from __future__ import annotations
 
+import logging
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +43,8 @@ def gather(value: T) -> list[T]:
 
 def quieten() -> None:
     """No bars and notes of the libraries about loading: the work's own progress is what counts."""
+    # Of a kernel that is for generating text on a CPU, whenever PEFT is imported.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

@@ -123,6 +123,7 @@ BELOW_THE_LOOP = (
     "packed",
     "pauses",
     "previews",
+    "resting",
     "sharding",
     "stopping",
     "tracking",

@@ -205,9 +205,11 @@ def folder_shapes(folder: Path) -> Shapes:
 def pipeline_shapes(pipeline: Any) -> Shapes:
     """The same from a loaded pipeline."""
     return _changeable(
-        (f"{part}.{key}", tuple(parameter.shape))
+        (f"{part}.{name}.weight", tuple(module.weight.shape))
         for part in ("unet", "text_encoder")
-        for key, parameter in getattr(pipeline, part).named_parameters()
+        for name, module in getattr(pipeline, part).named_modules()
+        # A quantised layer's is no parameter.
+        if getattr(module, "weight", None) is not None
     )
 
 

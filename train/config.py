@@ -91,7 +91,8 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: about a third slower, far less memory. A list of
     the UNet's blocks, like [down_blocks.0, up_blocks.*], recomputes those alone."""
     quantize: Literal["none", "int8", "nf4"] = "none"
-    """Keep the linear layers of a frozen base in 8 or 4 bits (bitsandbytes): smaller, slower."""
+    """Keep the linear layers of a frozen UNet in 8 or 4 bits (nf4 by bitsandbytes): smaller, a
+    little slower."""
     compile: Literal["none", "blocks", "graphs"] = "none"
     """torch.compile of the repeated blocks, once for all bucket shapes; graphs: replayed as CUDA
     graphs, one for each shape."""

@@ -10,7 +10,15 @@ from PIL import Image
 from data.images import open_image
 from data.maps import open_depth, open_mask
 from data.noising import Noising
-from train.config import DiffusionConfig, PreviewConfig, RunConfig, UserError
+from train import recomputing
+from train.config import (
+    DiffusionConfig,
+    DreamBoothRun,
+    FullRun,
+    PreviewConfig,
+    RunConfig,
+    UserError,
+)
 from train.families import BaseModel
 from train.models import check_zero_snr
 
@@ -33,6 +41,21 @@ def check_settings(config: RunConfig, base: BaseModel) -> None:
         raise UserError(
             f"evaluation.every={config.evaluation.every}: model.path={base.path} is {base.family}, "
             "and pictures that are scored are made from text alone; set evaluation.every=0"
+        )
+    _check_quantised(config)
+    recomputing.check(config.train.gradient_checkpointing, config.model)
+
+
+def _check_quantised(config: RunConfig) -> None:
+    """What trains needs all its bits: every update is far smaller than a step of 4 or 8."""
+    how = config.train.quantize
+    in_full = isinstance(config, FullRun) or (
+        isinstance(config, DreamBoothRun) and config.lora is None
+    )
+    if how != "none" and in_full:
+        raise UserError(
+            f"train.quantize={how} is for a frozen UNet, and here all of it trains: train adapters "
+            "(train/lora.py, or DreamBooth with lora={}), or set train.quantize=none"
         )
 
 

@@ -159,14 +159,18 @@ class Examination(Course[Examined]):
         from accelerate.utils import broadcast_object_list
         from accelerate.utils.memory import clear_device_cache
 
+        from train import resting
         from train.previews import at_rest
+
+        device = self._accelerator.device
 
         def judged() -> dict[str, float]:
             assert self._judge is not None
             with (
                 torch.no_grad(),
+                resting.awake(pipeline, device),
                 at_rest(method.model),
-                unchanged(pipeline, self._accelerator.device),
+                unchanged(pipeline, device),
                 self._accelerator.autocast(),
             ):
                 found = self._judge(pipeline, folder=folder)

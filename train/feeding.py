@@ -9,11 +9,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from data.files import progress
+from train import resting
 from train.config import DataConfig, RunConfig
 from train.families import INPAINTING_CHANNELS
 from train.pictures import Pictures
 from train.stopping import checking, jointly
 from train.streams import stream_in
+from train.utilisation import Work, unknown, work_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,10 +40,15 @@ class StepBatches:
     micro_batch_size: int
     workers: int
     held_out: HeldOut | None = None
+    at_peak: Work = unknown
 
     def epochs(self, steps: int) -> float:
         """How many epochs so many optimizer steps are."""
         return self.training_set.order.epochs(steps)
+
+    def work(self, micro_batches: list[dict[str, Any]]) -> float:
+        """The seconds that they would take the device at its peak rate; 0 where that is unknown."""
+        return self.at_peak(micro_batches)
 
     def __call__(self, start: int) -> Iterable[list[dict[str, Any]]]:
         from data.loader import loader
@@ -66,7 +73,8 @@ def batches(
     cache_captions: bool = True,
     classes: ClassPictures | None = None,
 ) -> StepBatches:
-    """Fills the cache with what it lacks, then the batches of the run.
+    """Fills the cache with what it lacks, then the batches of the run. Of the pipeline, what
+    training needs is on the device then, and only that.
 
     cache_captions: False where the text encoder trains. Batches hold token ids then, as they do
     where captions change too much from epoch to epoch to be cached. classes: what DreamBooth trains
@@ -106,7 +114,7 @@ def batches(
         **_text(everything, pipeline, store, accelerator, cached=cache_captions),
     )
     world = accelerator.num_processes
-    return StepBatches(
+    steps = StepBatches(
         training_set,
         steps=config.train.steps,
         rank=accelerator.process_index,
@@ -114,17 +122,22 @@ def batches(
         micro_batch_size=config.train.micro_batch_size or -(-config.train.batch_size // world),
         workers=data.workers,
         held_out=held_out(config, pictures, training_set, pipeline, accelerator),
+        at_peak=work_of(config, accelerator),
     )
+    # FSDP wants all of the layers that it is told to wrap, and splits them anyway.
+    text = training_set.embedding_key is None or accelerator.distributed_type == "FSDP"
+    resting.settle(pipeline, accelerator.device, text=text)
+    return steps
 
 
 def latent_keys(pictures: Pictures, pipeline: Pipeline, data: DataConfig) -> LatentKeys:
     from data.cache import LatentKeys
-    from train.models import fingerprint
+    from train.models import latent_fingerprint
 
     return LatentKeys(
         pictures.records,
         pictures.sizes,
-        fingerprint(pipeline.vae),
+        latent_fingerprint(pipeline.vae, data.cache_precision),
         crops=[part.settings.crop or data.crop for part in pictures.parts],
         sources=pictures.records.sources,
         crop_variants=data.crop_variants,
@@ -149,7 +162,8 @@ def fill_latents(
     from data.inpainting import cache_masked
     from train.models import latent_encoder
 
-    encode, main = latent_encoder(pipeline.vae), accelerator.is_main_process
+    encode = latent_encoder(pipeline.vae, data.cache_precision)
+    main = accelerator.is_main_process
     how: dict[str, Any] = {
         "flip": data.flip,
         "batch_size": data.cache_batch_size,

@@ -119,10 +119,11 @@ def _generate(
     import torch
 
     from eval.generation import NotFinite, generate
+    from train import resting
 
     how = config.dreambooth
     try:
-        with accelerator.autocast():
+        with resting.awake(pipeline, accelerator.device), accelerator.autocast():
             return generate(
                 pipeline,
                 [one.prompt for one in pictures],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -10,6 +11,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train import recomputing
 from train.config import DiffusionConfig, ModelConfig, RunConfig, TrainConfig, UserError
 from train.families import BaseModel, Family, detect, family_of
 from train.inspection import from_hub, inspect, read_json
@@ -102,7 +104,8 @@ def _check_tokenizer(tokenizer: Any, source: str) -> None:
 
 
 def load_base(config: RunConfig, accelerator: Accelerator) -> Pipeline:
-    """The base of a training run: frozen, in fp32, on the accelerator's device.
+    """The base of a training run: frozen, in fp32, its encoders on the accelerator's device. The
+    UNet waits on the CPU while they are at work (train/resting.py).
 
     What the configuration overrides reaches the scheduler, so that previews and exports sample as
     was trained; the checkpoint's own stays beside it as `base_scheduler`.
@@ -113,9 +116,10 @@ def load_base(config: RunConfig, accelerator: Accelerator) -> Pipeline:
     pipeline.scheduler = reschedule(pipeline.scheduler, config.diffusion)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False).eval()
-    if config.train.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    return pipeline.to(accelerator.device)
+    recomputing.enable(pipeline, config.train.gradient_checkpointing)
+    for module in (pipeline.vae, pipeline.text_encoder):
+        module.to(accelerator.device)
+    return pipeline
 
 
 def reschedule(scheduler: Any, config: DiffusionConfig) -> Any:
@@ -213,15 +217,19 @@ def _safe_files(folder: Path) -> list[Path]:
 
 def store_in(pipeline: Pipeline, config: TrainConfig) -> None:
     """Keeps frozen weights as the forward pass wants them: in its precision, at half the memory,
-    and laid out as its kernels read them.
+    and laid out as its kernels read them; the UNet's linear layers in 8 or 4 bits, if asked.
 
     Comes after caching, which is done in fp32, and before anything is made to train.
     """
     import torch
 
+    from train import quantising
+
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         assert not any(parameter.requires_grad for parameter in module.parameters())
+        if module is pipeline.unet and config.quantize != "none":
+            quantising.quantise(module, config.quantize)  # of the weights in fp32
         module.to(dtype=dtype_of(config.mixed_precision), memory_format=layout)
 
 
@@ -265,16 +273,32 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
-def latent_encoder(vae: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def latent_encoder(vae: Any, precision: str = "fp32") -> Callable[[torch.Tensor], torch.Tensor]:
     """pixels (B, 3, H, W) in [-1, 1] -> the posterior's mean and log-variance (B, 8, H/8, W/8),
-    fp32."""
+    fp32, on the VAE's device, where they may still be in the making.
+
+    precision: fp32 is the VAE as it is; bf16 encodes with a copy of it in bf16, the channels
+    innermost.
+    """
     import torch
+
+    if precision != "fp32":
+        vae = copy.deepcopy(vae, {id(vae.decoder): None})  # which is not needed
+        vae = vae.to(dtype=dtype_of(precision), memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode(pixels: torch.Tensor) -> torch.Tensor:
+        if vae.device.type == "cuda":
+            pixels = pixels.pin_memory().to(vae.device, non_blocking=True)
         return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.parameters.float()
 
     return encode
+
+
+def latent_fingerprint(vae: nn.Module, precision: str = "fp32") -> str:
+    """What latents that `latent_encoder` makes are known by."""
+    made_by = fingerprint(vae)
+    return made_by if precision == "fp32" else f"{made_by}-{precision}"
 
 
 def text_encoder_output(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:

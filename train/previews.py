@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data.images import open_image
 from data.maps import open_depth, open_mask
-from train import stopping
+from train import resting, stopping
 from train.config import PreviewConfig
 from train.course import forget
 from train.families import Family, family_of
@@ -84,7 +84,8 @@ class Previews:
         pipeline = method.pipeline()
         if pipeline is None:
             return []
-        with at_rest(method.model), self._accelerator.autocast():
+        device = self._accelerator.device
+        with resting.awake(pipeline, device), at_rest(method.model), self._accelerator.autocast():
             pictures = []
             for k in range(len(self._config.prompts)):
                 check()

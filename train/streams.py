@@ -61,9 +61,10 @@ class _Passing:
 
     @classmethod
     def of(cls, part: Part, store: TensorStore, pipeline: Pipeline, data: DataConfig) -> _Passing:
-        from train.models import fingerprint, latent_encoder
+        from train.models import latent_encoder, latent_fingerprint
 
-        encode, vae = latent_encoder(pipeline.vae), fingerprint(pipeline.vae)
+        encode = latent_encoder(pipeline.vae, data.cache_precision)
+        vae = latent_fingerprint(pipeline.vae, data.cache_precision)
         return cls(part, store, encode, vae, data)
 
     @property
