@@ -8,6 +8,7 @@
     python scripts/benchmark.py train parts='[speed]' against='{compile: blocks}'
     python scripts/benchmark.py eval
     python scripts/benchmark.py checkpoint
+    python scripts/benchmark.py generate
     python scripts/benchmark.py watermark
 
 What is compared is measured in one run, in turns. The tables are those in docs/benchmarks.md.
@@ -24,10 +25,11 @@ from pydantic import Field
 
 from train.config import Section, UserError, command, load
 
-DataPart = Literal["decode", "planning", "reading", "memory", "edit"]
+DataPart = Literal["decode", "planning", "reading", "memory", "edit", "caching"]
 TrainPart = Literal["speed", "reference", "memory", "python"]
 MetricsPart = Literal["streaming", "frechet", "intervals", "pairs"]
 CheckpointPart = Literal["writing", "training"]
+GeneratePart = Literal["pictures", "batches"]
 WatermarkPart = Literal["drawn", "textured"]
 
 
@@ -38,7 +40,7 @@ class DataBenchmark(Section):
     """JSON file for the figures; by default they are only printed."""
     quick: bool = False
     """A tenth or less of the work: figures to try it out, not to quote."""
-    parts: list[DataPart] = ["decode", "planning", "reading", "memory", "edit"]
+    parts: list[DataPart] = ["decode", "planning", "reading", "memory", "edit", "caching"]
     """What to measure."""
     scratch: Path | None = None
     """Folder for some GiB of files made and removed; default: the system's own."""
@@ -117,6 +119,23 @@ class CheckpointBenchmark(Section):
     """Folder for some GiB of files made and removed; default: the system's own."""
 
 
+class GenerateBenchmark(Section):
+    """How fast pictures are made (scripts/benchmark.py generate)."""
+
+    output: Path | None = None
+    """JSON file for the figures; by default they are only printed."""
+    quick: bool = False
+    """A tenth or less of the work: figures to try it out, not to quote."""
+    parts: list[GeneratePart] = ["pictures", "batches"]
+    """What to measure: where the time of a picture goes, and what batches save."""
+    model: str = "data/assets/toy-base"
+    """The base, as for scripts/generate.py."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """As train.mixed_precision."""
+    side: int | None = Field(None, ge=64, multiple_of=8)
+    """Of the pictures, in pixels; default: the model's own."""
+
+
 class WatermarkBenchmark(Section):
     """What the invisible watermark survives (scripts/benchmark.py watermark)."""
 
@@ -140,10 +159,13 @@ def main(arguments: list[str]) -> None:
         evaluation(load(EvalBenchmark, rest))
     elif task == "checkpoint":
         checkpoint(load(CheckpointBenchmark, rest))
+    elif task == "generate":
+        generate(load(GenerateBenchmark, rest))
     elif task == "watermark":
         watermark(load(WatermarkBenchmark, rest))
     else:
-        remedy = "python scripts/benchmark.py train, data, eval, checkpoint or watermark"
+        named = "train, data, eval, checkpoint, generate or watermark"
+        remedy = f"python scripts/benchmark.py {named}"
         raise UserError(f"say what to measure, and not {task!r}: {remedy}")
 
 
@@ -186,6 +208,15 @@ def checkpoint(config: CheckpointBenchmark) -> None:
     scale = checkpoint_benchmark.QUICK if config.quick else checkpoint_benchmark.FULL
     results = checkpoint_benchmark.measure(config.parts, scale, scratch=config.scratch)
     report(results, checkpoint_benchmark.table(results), config)
+
+
+def generate(config: GenerateBenchmark) -> None:
+    from scripts.benchmarks import generate_benchmark
+
+    scale = generate_benchmark.QUICK if config.quick else generate_benchmark.FULL
+    how: dict[str, Any] = {"precision": config.precision, "side": config.side}
+    results = generate_benchmark.measure(config.parts, scale, model=config.model, **how)
+    report(results, generate_benchmark.table(results), config)
 
 
 def watermark(config: WatermarkBenchmark) -> None:

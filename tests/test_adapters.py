@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from scripts.toy.full_size import TEXT_ENCODER, UNET
+from scripts.toy.random_base import TEXT_ENCODER, UNET
 from tests.tiny import FAMILIES, tiny_pipeline
 from train import adapters
 from train.config import LoraConfig, LoraRun, ModelConfig, OptimConfig, TextLoraConfig, UserError

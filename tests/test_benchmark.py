@@ -10,6 +10,7 @@ from scripts.benchmarks import data_benchmark, measuring
 from scripts.benchmarks.data_benchmark import Scale
 from train.config import RunFailed, UserError
 
+PARTS = ["decode", "planning", "reading", "memory", "edit"]  # caching: test_speed_benchmarks.py
 TINY = Scale(photos=4, rounds=2, rows=300, entries=12, builds=(3, 5), edited=9)
 
 
@@ -30,7 +31,7 @@ def tiny(monkeypatch):
 
 def test_the_report_has_all_its_fields_and_a_table(tiny, tmp_path, capsys):
     output = tmp_path / "made" / "benchmark.json"
-    benchmark.main(["data", f"output={output}", f"scratch={tmp_path}"])
+    benchmark.main(["data", f"output={output}", f"scratch={tmp_path}", f"parts={PARTS}"])
     report = json.loads(output.read_text())
     assert {"command", "date", "hardware", "versions", "revision", "quick"} < report.keys()
     assert report["hardware"]["cores"] > 0 and report["versions"]["torch"]

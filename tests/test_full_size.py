@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from scripts.toy import full_size
+from scripts.toy import full_size, random_base
 from scripts.toy.architecture import build_tokenizer
 from scripts.toy.vocabulary import vocabulary
 from tests.tiny import tiny_pipeline
@@ -25,7 +25,7 @@ def test_the_parts_have_the_sizes_of_sd_21(tmp_path):
     with torch.device("meta"):
         parts = {
             name: build()
-            for name, build in full_size.builders(build_tokenizer(vocabulary(), tmp_path)).items()
+            for name, build in random_base.builders(build_tokenizer(vocabulary(), tmp_path)).items()
         }
     millions = {
         name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()
@@ -33,7 +33,7 @@ def test_the_parts_have_the_sizes_of_sd_21(tmp_path):
     assert millions["unet"] == pytest.approx(865.9, abs=0.05)
     assert millions["vae"] == pytest.approx(83.7, abs=0.05)
     assert millions["text_encoder"] == pytest.approx(340.4, abs=0.05)
-    assert sum(millions.values()) * 1e6 <= full_size._PARAMETERS
+    assert sum(millions.values()) * 1e6 <= random_base.PARAMETERS
     attention = [n for n, _ in parts["unet"].named_modules() if n.endswith((".to_q", ".to_out.0"))]
     assert len(attention) == 64  # 16 transformers, each with self- and cross-attention
 
@@ -41,8 +41,8 @@ def test_the_parts_have_the_sizes_of_sd_21(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     for name, tiny in (("UNET", TINY_UNET), ("VAE", TINY_VAE), ("TEXT_ENCODER", TINY_TEXT)):
-        monkeypatch.setattr(full_size, name, getattr(full_size, name) | tiny)
-    monkeypatch.setitem(full_size.TEXT_ENCODER, "num_attention_heads", 2)
+        monkeypatch.setattr(random_base, name, getattr(random_base, name) | tiny)
+    monkeypatch.setitem(random_base.TEXT_ENCODER, "num_attention_heads", 2)
 
 
 def test_the_folder_is_a_base_like_any_other(small, tmp_path):

@@ -162,11 +162,11 @@ def test_the_names_of_the_full_size_are_those_of_the_format():
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from scripts.toy import full_size
+    from scripts.toy import random_base
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**full_size.UNET)
-        text = CLIPTextModel(CLIPTextConfig(**full_size.TEXT_ENCODER))
+        unet = UNet2DConditionModel(**random_base.UNET)
+        text = CLIPTextModel(CLIPTextConfig(**random_base.TEXT_ENCODER))
     paths = [
         f"{part}.{name}"
         for part, model in (("unet", unet), ("text_encoder.text_model", text))

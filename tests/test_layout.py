@@ -111,6 +111,7 @@ BELOW_THE_LOOP = (
     "background",
     "checkpoint",
     "checkpoint_files",
+    "compiling",
     "course",
     "dashboards",
     "examination",

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from scripts.toy import full_size
+from scripts.toy import random_base
 from tests.ldm import to_ldm
 from tests.published_layout import clip_layout, open_clip_layout, unet_layout, vae_layout
 from tests.runs import ROOT, arguments, make_world
@@ -39,9 +39,9 @@ def prefixed(prefix, shapes):
 def described(folder, unet=None, text=None):
     """The JSON of a model of the full size: SD 2.1's but for `unet` and `text`."""
     settings = {
-        "unet": full_size.UNET | (unet or {}),
-        "vae": full_size.VAE,
-        "text_encoder": full_size.TEXT_ENCODER | (text or {}),
+        "unet": random_base.UNET | (unet or {}),
+        "vae": random_base.VAE,
+        "text_encoder": random_base.TEXT_ENCODER | (text or {}),
     }
     for part, content in settings.items():
         (folder / part).mkdir()
@@ -97,7 +97,7 @@ def deeper():
         norm_num_groups=4,
     )
     pipeline.unet = UNet2DConditionModel(
-        **full_size.UNET
+        **random_base.UNET
         | {"block_out_channels": (8, 16, 16, 16), "attention_head_dim": (1, 2, 2, 2)}
         | {"cross_attention_dim": 32, "norm_num_groups": 4, "sample_size": 8}
     )

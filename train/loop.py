@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from train import optim, sharding
+from train import compiling, optim, sharding
 from train.averaging import Averages, averages_of
 from train.checkpoint import Checkpoints, DamagedCheckpoint
 from train.config import LoopConfig, RunFailed
@@ -65,6 +65,7 @@ def fit(
     raw, steps = method.model, config.train.steps
     optimizer = optim.build(method.parameter_groups(config.optim), config.optim)
     schedule = optim.Schedule(optimizer, steps=steps, config=config.optim)
+    compiling.compile_regions(raw, config.train.compile)
     model, prepared = sharding.prepare(accelerator, raw, optimizer, config.train)
     averages = averages_of(raw, optimizer, config.train.ema_decay)
     trainable = [p for p in raw.parameters() if p.requires_grad]

@@ -121,11 +121,13 @@ def start(config: RunConfig, planned: Plan) -> Iterator[tuple[Accelerator, Pipel
     Raises UserError where a run that is to be resumed had another base.
     """
     from eval.processes import quieten
+    from train import compiling
     from train.launch import open_accelerator
 
     with planned.lock, stopping.listening(config.output):
         quieten()
         accelerator = open_accelerator(config.train.mixed_precision, tf32=config.train.tf32)
+        compiling.check(config.train.compile, accelerator.device.type)
         pipeline = models.load_base(config, accelerator)
         _say(f"predicts {pipeline.scheduler.config.prediction_type}")
         hashes = {part: models.fingerprint(getattr(pipeline, part)) for part in _HASHED}

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from scripts.benchmarks.measuring import fresh, in_turns, seconds, spread
+from scripts.benchmarks import caching_benchmark
+from scripts.benchmarks.measuring import fresh, in_turns, seconds, span, spread
+from scripts.benchmarks.photographs import photograph
 
 HERE = __name__
 PHOTO = (4000, 3000)  # 12 megapixels
-GRAIN = 5.0  # standard deviation of a photograph's finest noise, of 255
 LATENT = (8, 96, 96)  # moments of a picture of 768 x 768
 SIDES = (32, 65)  # pixels of the tiny pictures, at least and less than
 
@@ -51,6 +52,7 @@ def measure(parts: Sequence[str], scale: Scale, *, scratch: Path | None = None) 
         "reading": reading,
         "memory": memory,
         "edit": edit,
+        "caching": caching,
     }
     results = {}
     for part in parts:
@@ -116,22 +118,7 @@ def _plain_route(content: bytes, *, size: tuple[int, int]) -> np.ndarray:
 
 
 def _photo(number: int, *, rotated: bool) -> bytes:
-    """A JPEG with a photograph's spectrum (noise at every scale, the coarse strongest), its grain,
-    and its 3 to 4 MiB."""
-    random = np.random.default_rng(number)
-    width, height = (PHOTO[1], PHOTO[0]) if rotated else PHOTO
-    pixels = 128 + GRAIN * random.standard_normal((height, width, 1), np.float32)
-    for level in range(2, 11):
-        small = random.normal(128, 30 * 2 ** (-level / 3), (2**level * 3 // 4, 2**level, 3))
-        octave = Image.fromarray(small.clip(0, 255).astype(np.uint8))
-        large = octave.resize((width, height), Image.Resampling.BILINEAR)
-        pixels = pixels + np.asarray(large, np.float32) - 128
-    exif = Image.Exif()
-    exif[0x0112] = 6 if rotated else 1
-    file = io.BytesIO()
-    picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    picture.save(file, "JPEG", quality=90, exif=exif)
-    return file.getvalue()
+    return photograph(number, (PHOTO[1], PHOTO[0]) if rotated else PHOTO, rotated=rotated)
 
 
 # Planning
@@ -344,32 +331,43 @@ def edit(folder: Path, scale: Scale) -> dict[str, Any]:
     return {"pictures": scale.edited, "first": first, "second": second}
 
 
+# Caching
+
+
+def caching(folder: Path, scale: Scale) -> dict[str, Any]:
+    """JPEGs to latents of the toy VAE: decoding, encoding, and both as the cache does them."""
+    there = {"folder": str(folder), "photos": scale.photos, "rounds": scale.rounds}
+    return fresh(f"{HERE}:cache_photos", **there)
+
+
+def cache_photos(folder: str, photos: int, rounds: int) -> dict[str, Any]:
+    files = [Path(folder) / f"{number}.jpg" for number in range(photos)]
+    for number, file in enumerate(files):
+        file.write_bytes(_photo(number, rotated=False))
+    return caching_benchmark.measure(files, PHOTO, folder=Path(folder), rounds=rounds)
+
+
 # The table
-
-
-def _span(values: dict[str, float], digits: int = 2) -> str:
-    least, most = f"{values['min']:,.{digits}f}", f"{values['max']:,.{digits}f}"
-    return f"{values['median']:,.{digits}f} ({least} to {most})"
 
 
 def _decode_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     width, height = result["bucket"]
     what = f"{result['pictures']} JPEGs of 12 megapixels to {width}x{height}, seconds"
-    yield f"{what}, {result['threads']} threads", _span(result["seconds"]), ""
-    yield "the same by open, convert, resize (Lanczos), crop", _span(result["plain_seconds"]), ""
-    yield "times faster", _span(result["ratio"]), "at least 2.5"
+    yield f"{what}, {result['threads']} threads", span(result["seconds"]), ""
+    yield "the same by open, convert, resize (Lanczos), crop", span(result["plain_seconds"]), ""
+    yield "times faster", span(result["ratio"]), "at least 2.5"
 
 
 def _planning_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     what = f"buckets, account and order of {result['rows']:,} rows"
-    yield f"{what}, seconds", _span(result["seconds"]), "at most 10"
+    yield f"{what}, seconds", span(result["seconds"]), "at most 10"
     yield f"{what}, peak MiB", f"{result['peak_mib']:,.0f}", "at most 1,024"
 
 
 def _reading_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     gets, samples = result["gets_per_second"], result["samples_per_second"]
-    yield "cached 96x96 latents read by one process, per second", _span(gets, 0), "at least 3,000"
-    yield "whole samples (latents, noise, embeddings), per second", _span(samples, 0), ""
+    yield "cached 96x96 latents read by one process, per second", span(gets, 0), "at least 3,000"
+    yield "whole samples (latents, noise, embeddings), per second", span(samples, 0), ""
 
 
 def _memory_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -394,4 +392,5 @@ ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str, str]]]] = {
     "reading": _reading_rows,
     "memory": _memory_rows,
     "edit": _edit_rows,
+    "caching": caching_benchmark.rows,
 }

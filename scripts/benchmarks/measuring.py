@@ -55,6 +55,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def span(values: dict[str, float], digits: int = 2) -> str:
+    """A `spread` as tables have it."""
+    least, most = f"{values['min']:,.{digits}f}", f"{values['max']:,.{digits}f}"
+    return f"{values['median']:,.{digits}f} ({least} to {most})"
+
+
 def in_turns(
     first: Callable[[], object], second: Callable[[], object], rounds: int
 ) -> dict[str, dict[str, float]]:

@@ -39,10 +39,10 @@ def base(size: Size, scratch: Path) -> Path:
         return ROOT / "data/assets/toy-base"
     folder = scratch / f"{size}-base"
     if not (folder / "model_index.json").exists():  # which is written last
-        from scripts.toy import full_size
+        from scripts.toy import random_base
 
         small = size == "small"
-        full_size.write(
+        random_base.write(
             folder,
             seed=0,
             dtype="fp32" if small else "fp16",

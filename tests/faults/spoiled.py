@@ -94,9 +94,10 @@ def slow(call: int) -> None:
 
     original = cache._encode_batch
 
-    def function(*arguments: Any) -> None:
-        original(*arguments)
+    def function(*arguments: Any) -> Any:
+        moments = original(*arguments)
         time.sleep(2)
+        return moments
 
     cache._encode_batch = function
 
