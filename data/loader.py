@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data import counter
+from data.ahead import ahead
 from data.cache import DEPTH, EMBEDDINGS, FLIPPED, MASK, MOMENTS
 from data.inpainting import tensor_name
 from data.order import Order, share
@@ -344,23 +345,31 @@ def loader(
     )
     with stopping.forking():
         made = iter(steps)
-    atexit.register(_end_workers, weakref.ref(made), getattr(made, "_workers", ()))
+    # What a worker made takes some milliseconds to receive. With a GPU, pinning has such a thread.
+    taken = ahead(made) if workers and not torch.cuda.is_available() else (one for one in made)
+    atexit.register(
+        _end_workers, weakref.ref(taken), weakref.ref(made), getattr(made, "_workers", ())
+    )
     try:
-        for batch in made:
+        for batch in taken:
             if isinstance(batch, UserError):
                 raise batch
             yield cut(batch, micro_batch_size)
     finally:
-        del made  # which ends them, also where an error would keep this frame
+        taken.close()
+        del taken, made  # which ends them, also where an error would keep this frame
 
 
-def _end_workers(of: weakref.ref[Any], workers: Sequence[BaseProcess]) -> None:
+def _end_workers(
+    taken: weakref.ref[Any], of: weakref.ref[Any], workers: Sequence[BaseProcess]
+) -> None:
     """They end with their iterator. Where something keeps that alive to the end of the process, or
     it did not reach them, Python would ask them to end by a signal that they ignore, and wait for
     ever."""
-    end = getattr(of(), "_shutdown_workers", None)
-    if end is not None:
-        end()
+    for one, name in ((taken(), "close"), (of(), "_shutdown_workers")):
+        end = getattr(one, name, None)
+        if end is not None:
+            end()
     for worker in workers:
         if worker.is_alive():
             worker.kill()
