@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts.benchmarks.measuring import fresh, seconds, spread
+from scripts.benchmarks.measuring import fresh, seconds, span, spread
 from train.config import ROOT, LoraRun, load
 
 HERE = __name__
@@ -168,32 +168,28 @@ def _toy_run(folder: Path, steps: int) -> Callable[..., None]:
 # The table
 
 
-def _span(values: dict[str, float], digits: int = 2) -> str:
-    return "{median:,.{0}f} ({min:,.{0}f} to {max:,.{0}f})".format(digits, **values)
-
-
 def _writing_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     size = f"{result['mib']:,} MiB of weights and moments"
     yield f"{size}, written, synced and hashed, MiB per second", _rate(result, ""), ""
     yield "the same bytes in one file, synced, MiB per second", _rate(result, "plain_"), ""
-    yield "share of that rate", _span(result["ratio"]), "at least 0.5"
-    yield "training stands still for one, seconds", _span(result["standstill_seconds"]), ""
+    yield "share of that rate", span(result["ratio"]), "at least 0.5"
+    yield "training stands still for one, seconds", span(result["standstill_seconds"]), ""
 
 
 def _rate(result: dict[str, Any], which: str) -> str:
-    return _span(result[f"{which}mib_per_second"], 0)
+    return span(result[f"{which}mib_per_second"], 0)
 
 
 def _training_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     what = f"toy LoRA, {result['steps']} steps"
-    yield f"{what}, one checkpoint at the end, seconds", _span(result["seconds"]["last"]), ""
+    yield f"{what}, one checkpoint at the end, seconds", span(result["seconds"]["last"]), ""
     each = f"one of {result['mib']} MiB every step"
     yield (
         f"{each} (checkpoint.asynchronous), times as long",
-        _span(result["every_to_last"]),
+        span(result["every_to_last"]),
         ("at most 1.10"),
     )
-    yield f"{each}, each waited for, times as long", _span(result["in_turn_to_last"]), ""
+    yield f"{each}, each waited for, times as long", span(result["in_turn_to_last"]), ""
 
 
 ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str, str]]]] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from scripts.benchmarks import measuring, train_models
-from scripts.benchmarks.measuring import spread
+from scripts.benchmarks.measuring import span, spread
 from train.config import ROOT, FullRun, LoraRun, RunConfig, TextualInversionRun, UserError, load
 
 if TYPE_CHECKING:
@@ -436,10 +436,6 @@ def one_parameter(folder: Path, rounds: int, steps: int = 1000) -> dict[str, Any
 # The table
 
 
-def _span(values: dict[str, float], digits: int = 3) -> str:
-    return "{median:,.{0}f} ({min:,.{0}f} to {max:,.{0}f})".format(digits, **values)
-
-
 def table(results: dict[str, Any]) -> str:
     lines = ["| what | measured | target |", "| --- | --- | --- |"]
     lines += [f"| {what} | {value} | {target} |" for what, value, target in _rows(results)]
@@ -455,25 +451,25 @@ def _rows(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         if memory["device_peak_gib"] is not None:
             yield "peak of the device's allocator, GiB", f"{memory['device_peak_gib']:.2f}", ""
     if "python" in results:
-        taken = _span(results["python"]["milliseconds"])
+        taken = span(results["python"]["milliseconds"], 3)
         yield "a step of a model of one number, milliseconds", taken, "at most 2"
 
 
 def _speed_rows(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     seconds, ratios = results["seconds"], results["ratios"]
     yield "pictures per second", f"{results['images_per_second']:,.2f}", ""
-    yield "a step, seconds", _span(seconds["loop"]), ""
-    yield "waiting for data, share of it", _span(results["data_wait"], 4), "at most 0.02"
+    yield "a step, seconds", span(seconds["loop"], 3), ""
+    yield "waiting for data, share of it", span(results["data_wait"], 4), "at most 0.02"
     for name, values in results["split"].items():
-        yield f"{name} alone, seconds", _span(values), ""
-    yield "the bare computation, seconds", _span(seconds["bare"]), ""
-    yield "the bare computation to the loop", _span(ratios["bare"]), "at least 0.97"
+        yield f"{name} alone, seconds", span(values, 3), ""
+    yield "the bare computation, seconds", span(seconds["bare"], 3), ""
+    yield "the bare computation to the loop", span(ratios["bare"], 3), "at least 0.97"
     if "reference" in seconds:
-        yield "the published recipe, seconds", _span(seconds["reference"]), ""
-        yield "times as fast as the published recipe", _span(ratios["reference"]), "at least 1.6"
+        yield "the published recipe, seconds", span(seconds["reference"], 3), ""
+        yield "times as fast as the published recipe", span(ratios["reference"], 3), "at least 1.6"
     if "against" in seconds:
-        yield "the other setting, seconds", _span(seconds["against"]), ""
-        yield "times as fast as the other setting", _span(ratios["against"]), ""
+        yield "the other setting, seconds", span(seconds["against"], 3), ""
+        yield "times as fast as the other setting", span(ratios["against"], 3), ""
     yield "TFLOP/s", f"{results['tflop_per_second']:,.3f}", ""
     yield "TFLOP/s of a matrix product here", f"{results['matmul_tflop_per_second']:,.3f}", ""
     yield "share of that", f"{results['share_of_matmul']:.1%}", ""
