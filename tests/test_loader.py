@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import TrainingSet, cut, loader
+from data.loader import TrainingSet, cut, loader, packed, unpacked
 from data.noising import Noising
 from data.order import Order
 from data.records import Record
@@ -324,6 +324,7 @@ class Steps:
         return {"weight": torch.ones(1)}
 
 loader._Steps, loader.cut = (lambda *_: Steps()), (lambda batch, _: [batch])
+loader.unpacked = lambda batch: batch
 batches = loader.loader(None, start=0, stop=9, micro_batch_size=1, workers=2)
 next(batches)
 raise ValueError("an error that keeps them alive")
@@ -336,3 +337,21 @@ def test_workers_never_outlive_a_run_that_fails():
         [sys.executable, "-c", KEPT], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == 1 and ended.stderr.endswith("keeps them alive\n")
+
+
+def test_a_batch_survives_being_packed_whatever_it_holds():
+    torch.manual_seed(0)
+    batch = {
+        "prior": torch.tensor([True, False, True]),
+        "latents": torch.randn(3, 4, 5, 7).transpose(2, 3),
+        "timestep": torch.tensor([1, 2, 999]),
+        "weight": torch.tensor([0.5, 0.25, 0.25]),
+        "ids": ["a", "b", "c"],
+        "empty": torch.zeros(3, 0),
+    }
+    whole = packed(batch)
+    assert whole["bytes"].dtype == torch.uint8 and whole["bytes"].dim() == 1
+    found = unpacked(whole)
+    assert found.keys() == batch.keys() and found["ids"] == batch["ids"]
+    for name in batch.keys() - {"ids"}:
+        assert found[name].dtype == batch[name].dtype and torch.equal(found[name], batch[name])

@@ -161,6 +161,8 @@ def _add(
 ) -> None:
     from peft import LoraConfig as PeftConfig
 
+    from train import fused_lora
+
     model.requires_grad_(False)
     others = {name: rank for name, rank in by_layer.items() if rank != config.rank}
     model.add_adapter(
@@ -180,6 +182,7 @@ def _add(
     assert adapted.keys() == by_layer.keys()
     for name, layer in adapted.items():
         _start(layer, seed, part, name)
+    fused_lora.fuse(model, NAME)
 
 
 def _layers(model: Any) -> dict[str, Any]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import itertools
 import runpy
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from scripts.benchmarks import measuring, train_models
 from scripts.benchmarks.measuring import span, spread
+from train import adapters, fused_lora
 from train.config import ROOT, FullRun, LoraRun, RunConfig, TextualInversionRun, UserError, load
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _RUNS: dict[str, type[RunConfig]] = {
     "textual_inversion": TextualInversionRun,
     "full": FullRun,
 }
-_WARM = 3  # steps that do not count
+_WARM = 3  # steps that do not count; nor does the last, which saves a checkpoint
 _CUDA_SIDE, _CPU_SIDE = 8192, 2048  # of the matrices whose product is the peak
 
 
@@ -93,39 +94,49 @@ def other_setting(setting: Setting, against: Mapping[str, Any]) -> Setting:
 def speed(
     setting: Setting, other: Setting | None, folder: Path, steps: int, rounds: int, reference: bool
 ) -> dict[str, Any]:
-    """Seconds per step of the loop, of its computation alone, and of what they are held against,
-    each for `steps` steps in turns."""
+    """Seconds per step of the loop, undisturbed; and in turns with it, step by step, of its
+    computation alone and of a published recipe, or in rounds of `steps` of another setting."""
     trainer = Trainer(setting, folder)
-    ways: dict[str, Callable[[int], dict[str, float]]] = {"loop": trainer.fit, "bare": trainer.bare}
-    if reference:
-        ways["reference"] = trainer.reference
-    if other is not None:
-        ways["against"] = Trainer(other, folder, trainer.accelerator).fit
-    taken = [{name: way(steps) for name, way in ways.items()} for _ in range(rounds + 1)][1:]
-    loop = [one["loop"] for one in taken]
+    beside = Trainer(other, folder, trainer.accelerator) if other else None
+    loop, against = [], []
+    for _ in range(rounds + 1):
+        loop.append(trainer.fit(steps))
+        against += [beside.fit(steps)] if beside else []
+    loop, against = loop[1:], against[1:]
+    # Apart, for what follows a longer step finds less of its own in the caches.
+    seconds, ratios = {}, {}
+    for way in ["bare", *(["reference"] if reference else [])]:
+        turns = trainer.turns(steps * rounds, way)
+        seconds |= {name: [turn[name] for turn in turns] for name in turns[0] if name != "loop"}
+        ratios[way] = spread([turn[way] / turn["loop"] for turn in turns])
+    if other:
+        seconds["against"] = [one["step"] for one in against]
+        pairs = zip(loop, against, strict=True)
+        ratios["against"] = spread([other["step"] / one["step"] for one, other in pairs])
+    step = spread([one["step"] for one in loop])
     results: dict[str, Any] = {
-        "seconds": {name: spread([one[name]["step"] for one in taken]) for name in ways},
+        "step": step,
         "data_wait": spread([one["waited"] / one["step"] for one in loop]),
-        "split": {
-            name: spread([one["bare"][name] for one in taken])
-            for name in ("forward", "backward", "optimizer")
-        },
-        "ratios": {
-            name: spread([one[name]["step"] / one["loop"]["step"] for one in taken])
-            for name in ways
-            if name != "loop"
-        },
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "ratios": ratios,
+        **({"against": asdict(other)} if other else {}),
     }
-    median = results["seconds"]["loop"]["median"]
+    if reference:
+        results["encode_to_forward"] = trainer.encode_to_forward()
+    return results | _rates(trainer, step["median"])
+
+
+def _rates(trainer: Trainer, seconds: float) -> dict[str, Any]:
+    """What a step of so many seconds means."""
+    setting = trainer.setting
     peak = matmul_peak(trainer.accelerator, setting.precision)
     work = trainer.flops() * setting.batch
-    return results | {
-        "images_per_second": round(setting.batch / median, 3),
-        "tflop_per_second": round(work / median / 1e12, 4),
+    return {
+        "images_per_second": round(setting.batch / seconds, 3),
+        "tflop_per_second": round(work / seconds / 1e12, 4),
         "matmul_tflop_per_second": round(peak / 1e12, 4),
-        "share_of_matmul": round(work / median / peak, 4),
+        "share_of_matmul": round(work / seconds / peak, 4),
         "device_peak_gib": trainer.device_peak_gib(),
-        **({"against": asdict(other)} if other else {}),
     }
 
 
@@ -155,7 +166,6 @@ class Trainer:
             models.store_in(self.pipeline, self.config.train)
         self.method = self._method(tokens)
         self._outputs = (folder / f"run-{id(self)}-{number}" for number in itertools.count())
-        self._reference: Iterator[float] | None = None
 
     def _method(self, tokens: Sequence[Any]) -> Method:
         from train.diffusion import Objective
@@ -173,51 +183,71 @@ class Trainer:
 
     def fit(self, steps: int) -> dict[str, float]:
         """Seconds of a step of the project's loop, and of those waited for data."""
+        timed = Timed(self._of(_WARM + steps + 1), self._wait, steps)
+        self._fit(timed)
+        return {"step": timed.seconds / steps, "waited": timed.waited / steps}
+
+    def turns(self, steps: int, way: Literal["bare", "reference"]) -> list[dict[str, float]]:
+        """Seconds of a step of the loop and, after each, of its computation alone on a batch that
+        is there already ("forward", "backward", "optimizer", "bare"), or of the published recipe
+        ("reference")."""
+        between = self._bare() if way == "bare" else self._plain()
+        turns = Turns(self._of(_WARM + steps + 1), self._now, between)
+        self._fit(turns)
+        return turns.taken[_WARM : _WARM + steps]
+
+    def _of(self, steps: int) -> Any:
+        return replace(self.batches, steps=steps)
+
+    def _fit(self, batches: Any) -> None:
         from train.loop import fit
 
-        train = self.config.train.model_copy(update={"steps": steps + _WARM})
-        often = {"every": steps + _WARM}
+        steps = batches.steps
         config = self.config.model_copy(
             update={
                 "output": next(self._outputs),
-                "train": train,
-                "checkpoint": self.config.checkpoint.model_copy(update=often),
+                "train": self.config.train.model_copy(update={"steps": steps}),
+                "checkpoint": self.config.checkpoint.model_copy(update={"every": steps}),
             }
         )
-        timed = Timed(replace(self.batches, steps=train.steps), self._wait)
-        fit(self.method, timed, config, self.accelerator)
+        fit(self.method, batches, config, self.accelerator)
         # Accelerate puts a forward of its own before the module's, once more at every call.
         vars(self.method.model).pop("forward", None)
-        return {"step": timed.seconds / steps, "waited": timed.waited / steps}
 
-    def bare(self, steps: int) -> dict[str, float]:
-        """Seconds of forward, backward and optimizer on one batch that is there already."""
+    def _bare(self) -> Callable[[], dict[str, float]]:
         from train import optim
 
-        optimizer = optim.build(self.method.parameter_groups(self.config.optim), self.config.optim)
-        taken = [self._bare_step(optimizer) for _ in range(steps + _WARM)][_WARM:]
-        phases = {name: statistics.fmean(one[name] for one in taken) for name in taken[0]}
-        return phases | {"step": sum(phases.values())}
+        groups = self.method.parameter_groups(self.config.optim)
+        return partial(self._bare_step, optim.build(groups, self.config.optim))
+
+    def _plain(self) -> Callable[[], dict[str, float]]:
+        recipe, unet = self._plain_recipe(), self.pipeline.unet
+
+        def step() -> dict[str, float]:
+            fused_lora.undo(unet)  # adapters as everyone has them
+            start = self._now()
+            next(recipe)
+            taken = {"reference": self._now() - start}
+            fused_lora.fuse(unet, adapters.NAME)
+            return taken
+
+        return step
 
     def _bare_step(self, optimizer: Any) -> dict[str, float]:
-        marks = [self._now()]
-        losses = []
+        taken = {"forward": 0.0, "backward": 0.0}
         for batch in self._one_step():
+            start = self._now()
             with self.accelerator.autocast():
-                losses.append((self.method.model(batch) * batch["weight"]).sum())
-        marks.append(self._now())
-        for loss in losses:
+                loss = (self.method.model(batch) * batch["weight"]).sum()
+            middle = self._now()
             loss.backward()
-        marks.append(self._now())
+            taken["forward"] += middle - start
+            taken["backward"] += self._now() - middle
+        start = self._now()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        marks.append(self._now())
-        return {
-            name: end - start
-            for name, (start, end) in zip(
-                ("forward", "backward", "optimizer"), itertools.pairwise(marks), strict=True
-            )
-        }
+        taken["optimizer"] = self._now() - start
+        return taken | {"bare": sum(taken.values())}
 
     def _one_step(self) -> list[dict[str, Any]]:
         if not hasattr(self, "_batch"):
@@ -229,26 +259,39 @@ class Trainer:
             ]
         return self._batch
 
-    def reference(self, steps: int) -> dict[str, float]:
-        """Seconds of a step of the published recipe, on the same model."""
+    def _plain_recipe(self) -> Iterator[float]:
+        """Takes a step each time it is asked, on the same model."""
         from scripts.benchmarks import plain_recipe
 
-        if self._reference is None:
-            self.pipeline.to(self.accelerator.device)  # where the encoders had left it
-            self._reference = plain_recipe.losses(
-                self.pipeline,
-                Path(self.config.data.path or ""),
-                self.accelerator,
-                [p for p in self.method.model.parameters() if p.requires_grad],
-                batch=self.setting.batch,
-                side=self.setting.resolution,
-            )
-        for _ in range(_WARM):
-            next(self._reference)
-        start = self._now()
-        for _ in range(steps):
-            next(self._reference)
-        return {"step": (self._now() - start) / steps}
+        self.pipeline.to(self.accelerator.device)  # also the encoders, which had left it
+        return plain_recipe.losses(
+            self.pipeline,
+            Path(self.config.data.path or ""),
+            self.accelerator,
+            [p for p in self.method.model.parameters() if p.requires_grad],
+            batch=self.setting.batch,
+            side=self.setting.resolution,
+        )
+
+    def encode_to_forward(self, rounds: int = 9) -> dict[str, float]:
+        """How many forward passes of the frozen UNet a VAE's encode takes, in turns."""
+        import torch
+
+        (batch, *_), side = self._one_step(), self.setting.resolution
+        vae, unet = self.pipeline.vae, self.pipeline.unet
+        pixels = torch.zeros(self.setting.micro_batch, 3, side, side, device=vae.device)
+        latents, text = batch["latents"].to(vae.dtype), batch["prompt_embeds"].to(vae.dtype)
+
+        def forward() -> None:
+            unet(latents, batch["timestep"], encoder_hidden_states=text)
+            self._wait()
+
+        def encode() -> None:
+            vae.encode(pixels.to(vae.dtype))
+            self._wait()
+
+        with torch.no_grad(), adapters.switched_off(self.pipeline):
+            return measuring.in_turns(forward, encode, rounds)["ratio"]
 
     def flops(self) -> float:
         """Of a picture, without what checkpointing does again."""
@@ -278,15 +321,13 @@ class Trainer:
             torch.cuda.synchronize()
 
 
-class Timed:
-    """Batches that note how long `fit` takes with them, from the first that counts to the end. The
-    device is waited for at both, and not between."""
+class Watched:
+    """Batches that are noted how long `fit` takes with them."""
 
     held_out = None
 
-    def __init__(self, batches: Any, wait: Callable[[], None]) -> None:
-        self._batches, self._wait = batches, wait
-        self.seconds = self.waited = 0.0
+    def __init__(self, batches: Any) -> None:
+        self._batches, self.steps = batches, batches.steps
 
     def epochs(self, steps: int) -> float:
         return self._batches.epochs(steps)
@@ -294,21 +335,48 @@ class Timed:
     def work(self, micro_batches: Any) -> float:
         return self._batches.work(micro_batches)
 
+
+class Timed(Watched):
+    """All of some steps, from the first that counts. The device is waited for at both ends, and not
+    between."""
+
+    def __init__(self, batches: Any, wait: Callable[[], None], counted: int) -> None:
+        super().__init__(batches)
+        self._wait, self._counted = wait, counted
+        self.seconds = self.waited = 0.0
+
     def __call__(self, start: int) -> Iterator[Any]:
         source = iter(self._batches(start))
-        began = 0.0
-        for number in itertools.count():
+        began = waited = 0.0
+        for number in range(self.steps):
             if number == _WARM:
                 self._wait()
-                began, self.waited = time.perf_counter(), 0.0
+                began, waited = time.perf_counter(), 0.0
+            if number == _WARM + self._counted:
+                self._wait()
+                self.seconds, self.waited = time.perf_counter() - began, waited
             before = time.perf_counter()
-            batch = next(source, None)
-            self.waited += time.perf_counter() - before
-            if batch is None:
-                break
+            batch = next(source)
+            waited += time.perf_counter() - before
             yield batch
-        self._wait()
-        self.seconds = time.perf_counter() - began
+
+
+class Turns(Watched):
+    """Each step by itself, and something else between any two."""
+
+    def __init__(
+        self, batches: Any, now: Callable[[], float], between: Callable[[], dict[str, float]]
+    ) -> None:
+        super().__init__(batches)
+        self._now, self._between = now, between
+        self.taken: list[dict[str, float]] = []
+
+    def __call__(self, start: int) -> Iterator[Any]:
+        source = iter(self._batches(start))
+        for _ in range(self.steps):
+            began = self._now()
+            yield next(source)
+            self.taken.append({"loop": self._now() - began} | self._between())
 
 
 def configuration(setting: Setting, folder: Path) -> RunConfig:
@@ -408,6 +476,9 @@ def one_parameter(folder: Path, rounds: int, steps: int = 1000) -> dict[str, Any
             pass
 
     class Given:
+        def __init__(self) -> None:
+            self.steps = steps
+
         def epochs(self, steps: int) -> float:
             return 0.0
 
@@ -427,9 +498,9 @@ def one_parameter(folder: Path, rounds: int, steps: int = 1000) -> dict[str, Any
             "preview": {"every": 0},
             "checkpoint": {"every": steps},
         }
-        timed = Timed(Given(), lambda: None)
+        timed = Timed(Given(), lambda: None, steps - _WARM - 1)
         fit(Toy(), timed, LoopConfig(**overrides), accelerator)
-        taken.append(1000 * timed.seconds / (steps - _WARM))
+        taken.append(1000 * timed.seconds / (steps - _WARM - 1))
     return {"steps": steps, "milliseconds": spread(taken)}
 
 
@@ -458,17 +529,19 @@ def _rows(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 def _speed_rows(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     seconds, ratios = results["seconds"], results["ratios"]
     yield "pictures per second", f"{results['images_per_second']:,.2f}", ""
-    yield "a step, seconds", span(seconds["loop"], 3), ""
+    yield "a step, seconds", span(results["step"], 3), ""
     yield "waiting for data, share of it", span(results["data_wait"], 4), "at most 0.02"
-    for name, values in results["split"].items():
-        yield f"{name} alone, seconds", span(values, 3), ""
-    yield "the bare computation, seconds", span(seconds["bare"], 3), ""
-    yield "the bare computation to the loop", span(ratios["bare"], 3), "at least 0.97"
+    for name in ("forward", "backward", "optimizer"):
+        yield f"{name} alone, seconds", span(seconds[name], 3), ""
+    yield "the three together, seconds", span(seconds["bare"], 3), ""
+    yield "the three together, share of the loop's step", span(ratios["bare"], 3), "at least 0.97"
     if "reference" in seconds:
-        yield "the published recipe, seconds", span(seconds["reference"], 3), ""
+        yield "a step of the published recipe, seconds", span(seconds["reference"], 3), ""
+        taken = span(results["encode_to_forward"])
+        yield "encoding its pictures, in forward passes of the UNet", taken, ""
         yield "times as fast as the published recipe", span(ratios["reference"], 3), "at least 1.6"
     if "against" in seconds:
-        yield "the other setting, seconds", span(seconds["against"], 3), ""
+        yield "in rounds: the other setting, seconds", span(seconds["against"], 3), ""
         yield "times as fast as the other setting", span(ratios["against"], 3), ""
     yield "TFLOP/s", f"{results['tflop_per_second']:,.3f}", ""
     yield "TFLOP/s of a matrix product here", f"{results['matmul_tflop_per_second']:,.3f}", ""

@@ -21,8 +21,8 @@ _SMALL: dict[str, dict[str, Any]] = {
     },
     "vae": {
         "sample_size": 256,
-        "block_out_channels": (16, 32, 32, 32),
-        "norm_num_groups": 16,
+        "block_out_channels": (12, 24, 48, 48),
+        "norm_num_groups": 12,
     },
     "text_encoder": {
         "hidden_size": 64,
@@ -52,7 +52,8 @@ def base(size: Size, scratch: Path) -> Path:
 
 
 def pictures(folder: Path, count: int, side: int) -> Path:
-    """Square pictures of the toy world with their captions."""
+    """Square pictures of the toy world with their captions, twice as large as `side`: pictures are
+    larger than what is trained on, those of the published example's own dataset about so much."""
     from PIL import Image
 
     from data import toy
@@ -61,8 +62,8 @@ def pictures(folder: Path, count: int, side: int) -> Path:
         return folder
     folder.mkdir(parents=True)
     for index in range(count):
-        scene = toy.sample_scene(0, index, width=side, height=side)
-        picture = Image.fromarray(toy.render(scene, side, side))
+        scene = toy.sample_scene(0, index, width=2 * side, height=2 * side)
+        picture = Image.fromarray(toy.render(scene, 2 * side, 2 * side))
         picture.save(folder / f"{index:05d}.png")
         (folder / f"{index:05d}.txt").write_text(toy.caption(scene) + "\n", encoding="utf-8")
     return folder
