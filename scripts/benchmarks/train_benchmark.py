@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from train.method import Method
 
 MethodName = Literal["lora", "textual_inversion", "full"]
+Way = Literal["bare", "reference"]
 _RUNS: dict[str, type[RunConfig]] = {
     "lora": LoraRun,
     "textual_inversion": TextualInversionRun,
@@ -104,8 +105,10 @@ def speed(
         against += [beside.fit(steps)] if beside else []
     loop, against = loop[1:], against[1:]
     # Apart, for what follows a longer step finds less of its own in the caches.
-    seconds, ratios = {}, {}
-    for way in ["bare", *(["reference"] if reference else [])]:
+    ways: list[Way] = ["bare", "reference"] if reference else ["bare"]
+    seconds: dict[str, list[float]] = {}
+    ratios: dict[str, dict[str, float]] = {}
+    for way in ways:
         turns = trainer.turns(steps * rounds, way)
         seconds |= {name: [turn[name] for turn in turns] for name in turns[0] if name != "loop"}
         ratios[way] = spread([turn[way] / turn["loop"] for turn in turns])
@@ -187,7 +190,7 @@ class Trainer:
         self._fit(timed)
         return {"step": timed.seconds / steps, "waited": timed.waited / steps}
 
-    def turns(self, steps: int, way: Literal["bare", "reference"]) -> list[dict[str, float]]:
+    def turns(self, steps: int, way: Way) -> list[dict[str, float]]:
         """Seconds of a step of the loop and, after each, of its computation alone on a batch that
         is there already ("forward", "backward", "optimizer", "bare"), or of the published recipe
         ("reference")."""
