@@ -9,6 +9,7 @@
     python scripts/benchmark.py eval
     python scripts/benchmark.py checkpoint
     python scripts/benchmark.py generate
+    python scripts/benchmark.py plan base=my/full-size
     python scripts/benchmark.py watermark
 
 What is compared is measured in one run, in turns. The tables are those in docs/benchmarks.md.
@@ -136,6 +137,22 @@ class GenerateBenchmark(Section):
     """Of the pictures, in pixels; default: the model's own."""
 
 
+class PlanBenchmark(Section):
+    """How far scripts/plan.py is off, on the CPU (scripts/benchmark.py plan)."""
+
+    output: Path | None = None
+    """JSON file for the figures; by default they are only printed."""
+    quick: bool = False
+    """One setting alone."""
+    settings: list[str] = []
+    """Which of its settings, by the names in the table; default: all."""
+    base: Path | None = None
+    """What scripts/toy/full_size.py wrote, for the settings of the full size; without it only the
+    toy base's are measured."""
+    scratch: Path | None = None
+    """Folder for runs made and removed; default: the system's own."""
+
+
 class WatermarkBenchmark(Section):
     """What the invisible watermark survives (scripts/benchmark.py watermark)."""
 
@@ -159,12 +176,14 @@ def main(arguments: list[str]) -> None:
         evaluation(load(EvalBenchmark, rest))
     elif task == "checkpoint":
         checkpoint(load(CheckpointBenchmark, rest))
+    elif task == "plan":
+        plan(load(PlanBenchmark, rest))
     elif task == "generate":
         generate(load(GenerateBenchmark, rest))
     elif task == "watermark":
         watermark(load(WatermarkBenchmark, rest))
     else:
-        named = "train, data, eval, checkpoint, generate or watermark"
+        named = "train, data, eval, checkpoint, generate, plan or watermark"
         remedy = f"python scripts/benchmark.py {named}"
         raise UserError(f"say what to measure, and not {task!r}: {remedy}")
 
@@ -208,6 +227,18 @@ def checkpoint(config: CheckpointBenchmark) -> None:
     scale = checkpoint_benchmark.QUICK if config.quick else checkpoint_benchmark.FULL
     results = checkpoint_benchmark.measure(config.parts, scale, scratch=config.scratch)
     report(results, checkpoint_benchmark.table(results), config)
+
+
+def plan(config: PlanBenchmark) -> None:
+    from scripts.benchmarks import plan_benchmark
+
+    unknown = [name for name in config.settings if name not in plan_benchmark.SETTINGS]
+    if unknown:
+        known = "; ".join(plan_benchmark.SETTINGS)
+        raise UserError(f"settings: {unknown[0]!r} is none of {known}")
+    names = config.settings or list(plan_benchmark.SETTINGS)[: 1 if config.quick else None]
+    results = plan_benchmark.measure(names, full_size=config.base, scratch=config.scratch)
+    report(results, plan_benchmark.table(results), config)
 
 
 def generate(config: GenerateBenchmark) -> None:

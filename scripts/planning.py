@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -74,8 +75,10 @@ class Data(NamedTuple):
 
     images: int
     size: tuple[int, int]
-    """Width and height of the largest bucket, pixels."""
+    """Width and height of the bucket whose batches are largest, pixels."""
     cache_bytes: int
+    most: int | None = None
+    """Pictures in it, of which a batch can have no more; None where that is no limit."""
 
 
 def run_config(method: str | None, arguments: Sequence[str]) -> RunConfig:
@@ -110,8 +113,9 @@ def foreseen(method: str, arguments: Sequence[str]) -> list[tuple[str, int]]:
     from train.footprint import predict
 
     run = run_config(method, arguments)
-    size = _data(run, Architecture.of(run.model), None).size
-    found = predict(run, Architecture.of(run.model), size=size, device="cpu")
+    base = Architecture.of(run.model)
+    data = _data(run, base, None)
+    found = predict(_capped(run, data.most, 1), base, size=data.size, device="cpu")
     return [(phase.name, phase.bytes) for phase in found.phases]
 
 
@@ -122,6 +126,7 @@ def plan(config: PlanConfig, run: RunConfig) -> dict[str, Any]:
 
     base = Architecture.of(run.model)
     data = _data(run, base, config.images)
+    run = _capped(run, data.most, config.processes)
     how: dict[str, Any] = {"size": data.size, "device": config.device}
     footprint = predict(run, base, processes=config.processes, **how)
     made = {
@@ -159,8 +164,22 @@ def _data(run: RunConfig, base: Architecture, images: int | None) -> Data:
         raise UserError(f"{error}. Without pictures, give images=N for so many") from None
     if not len(found.sizes):
         raise UserError("data.streaming: how many pictures there are is not known; give images=N")
-    width, height = max(found.sizes.tolist(), key=lambda size: size[0] * size[1])
-    return Data(len(found.sizes), (width, height), pictures.cache_bytes(found, config=run.data))
+    counts = Counter(map(tuple, found.sizes.tolist()))
+    once = len(run.data.named_sources()) == 1  # else some may be there several times
+    most = max(run.pictures_per_step, 1) if once else 1
+    size = max(counts, key=lambda size: size[0] * size[1] * min(counts[size], most))
+    taken = pictures.cache_bytes(found, config=run.data)
+    return Data(len(found.sizes), size, taken, counts[size] if once else None)
+
+
+def _capped(run: RunConfig, most: int | None, processes: int) -> RunConfig:
+    """With batches no larger than the pictures that there are for one."""
+    train, with_class = run.train, run.train.batch_size // run.pictures_per_step
+    if most is None or most >= run.pictures_per_step:
+        return run
+    largest = -(-most * with_class // processes)
+    micro = min(train.micro_batch_size or largest, largest)
+    return run.model_copy(update={"train": train.model_copy(update={"micro_batch_size": micro})})
 
 
 def _disk(run: RunConfig, data: Data, footprint: Footprint, base: Architecture) -> dict[str, float]:

@@ -228,7 +228,7 @@ for name in {light_entries()}:
     [
         "train/lora.py",
         *(f"scripts/{name}.py" for name in ("generate", "prepare", "caption", "depth")),
-        *(f"scripts/{name}.py" for name in ("export", "watermark")),
+        *(f"scripts/{name}.py" for name in ("export", "watermark", "plan", "benchmark")),
     ],
 )
 @pytest.mark.parametrize("arguments", ["['--help']", "['lora.rnk=3']"])

@@ -100,3 +100,13 @@ def test_the_table_names_the_largest_error():
     result = {"predicted_mib": 90, "measured_mib": 100, "error": -0.1, "phase": "training"}
     table = plan_benchmark.table({"a run": result})
     assert "-10.0%" in table and "10.0%" in table.splitlines()[-1]
+
+
+def test_a_batch_has_no_more_pictures_than_there_are(arguments, tmp_path):
+    toy.write_pictures(tmp_path / "few", 3, seed=0, square=True)
+    given = (f"data.path={tmp_path / 'few'}", "device=cpu")
+    few, many = (
+        made(arguments, tmp_path, *given, f"train.batch_size={size}")["peak_gib"]
+        for size in (3, 64)
+    )
+    assert few == many
