@@ -49,6 +49,7 @@ def _take(source: Iterator[T], ready: Given[T], closed: threading.Event) -> None
                 return
         _put(ready, (None, _End()), closed)
     except BaseException as error:
+        del source  # which the error's traceback would keep
         _put(ready, (None, error), closed)
 
 

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import torch
 
 from tests.small_nets import Net, contents, named, optimizer_of, restored, same, saved, train
 from train import checkpoint
@@ -42,7 +43,7 @@ def test_training_goes_on_while_its_state_is_written_as_it_was(held):
     moments = {k: v.clone() for k, v in moments.items()}
     checkpoints.save(2, model, optimizer, averages.state())
     train(model, optimizer, 3, start=2)
-    averages.update(3)
+    averages.update(3, torch.ones(()))
     optimizer.param_groups[0]["maximize"] = True
     assert checkpoints.steps() == []
     go.set()

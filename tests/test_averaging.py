@@ -31,7 +31,7 @@ def train(model, optimizer, averages, steps, first=0):
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
-        averages.update(step)
+        averages.update(step, torch.ones(()))
 
 
 def values(model):
@@ -132,7 +132,7 @@ def test_the_moving_average_goes_on_from_its_state():
     other = net()
     other.load_state_dict(model.state_dict())
     again._model = other  # the same weights, seen by the other average
-    again.update(3)
+    again.update(3, torch.ones(()))
     assert same(again.state(), expected)
 
 

@@ -135,17 +135,20 @@ STEPS = [(GOOD, FINE), (BAD, FINE), (GOOD, NAN), (GOOD, FINE), (BAD, NAN), (GOOD
 def trained(late, steps, monkeypatch, allowed=5):
     """A weight, its optimizer's state, and the guard after some steps of gradient 1."""
     monkeypatch.setattr("train.guards.can_be_late", lambda *_: late)
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    weight, bias = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    groups = [{"params": [weight]}, {"params": [bias], "weight_decay": 0.0, "lr": 0.2}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, fused=True)
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = None
     one = guard_of(accelerator, Counted(accelerator), optimizer, allowed=allowed)
     assert isinstance(one, LateGuard if late else PromptGuard)
     taken = []
     for done, (losses, norm) in enumerate(steps, 1):
-        weight.grad = torch.ones(3) * (1 if norm is FINE and losses is GOOD else NAN)
+        for one_of in (weight, bias):
+            one_of.grad = torch.ones(3) * (1 if norm is FINE and losses is GOOD else NAN)
         taken.append(one.step(done, losses, norm, optimizer).item())
-    return weight.detach().clone(), dict(optimizer.state[weight]), taken, one
+    both = torch.cat([weight, bias]).detach()
+    return both, dict(optimizer.state[weight]), taken, one
 
 
 def test_what_the_device_leaves_out_is_what_the_host_would(monkeypatch, capsys):

@@ -174,7 +174,7 @@ def test_adapters_off_leave_the_quantised_base(how):
 
 # Runs
 
-ALL = f"{EVERYTHING} lora.dora=true train.ema_decay=0.9 train.gradient_checkpointing=true"
+ALL = f"{EVERYTHING} train.ema_decay=0.9 train.gradient_checkpointing=true"
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,10 @@ def places(pipeline):
 
 
 @pytest.mark.parametrize(("text", "left"), [(False, "cpu"), (True, "mps")])
-def test_after_caching_the_encoders_leave_and_the_unet_comes(text, left):
+def test_after_caching_the_encoders_leave(text, left):
     pipeline = parts(unet=CPU, vae=GPU, text_encoder=GPU)
     resting.settle(pipeline, GPU, text=text)
-    assert places(pipeline) == ["mps", "cpu", left]
+    assert places(pipeline) == ["cpu", "cpu", left]
 
 
 def test_what_rests_is_awake_for_as_long_as_it_lasts():

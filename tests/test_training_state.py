@@ -53,7 +53,7 @@ class Run:
         for step in range(first, last):
             self.schedule.apply(step)
             train(self.model, self.optimizer, 1, start=step)
-            self.averages.update(step)
+            self.averages.update(step, torch.ones(()))
 
     def save(self, checkpoints, step):
         checkpoints.save(step, self.model, self.optimizer, self.averages.state())

@@ -17,8 +17,8 @@ class Averages(Protocol):
     """What the training loop needs to know of them. The model's own weights are always the live
     ones, but within `applied` and after `settle`."""
 
-    def update(self, step: int) -> None:
-        """After optimizer step `step` (from 0)."""
+    def update(self, step: int, taken: Tensor) -> None:
+        """After optimizer step `step` (from 0). taken: () 1, or 0 where it was left out."""
 
     def applied(self) -> AbstractContextManager[None]:
         """Within it the model has the weights to be used; then exactly the live ones again."""
@@ -47,7 +47,7 @@ def averages_of(
 class Latest:
     """No average: the live weights are used."""
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, taken: Tensor) -> None:
         pass
 
     @contextmanager
@@ -72,15 +72,16 @@ class MovingAverage:
         self._averages = {name: p.detach().float().clone() for name, p in _trainable(model).items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """average += (1 - decay) (weights - average).
+    def update(self, step: int, taken: Tensor) -> None:
+        """average += (1 - decay) (weights - average), but for a step that was left out.
 
         The first steps count more, decay = (1 + step) / (10 + step), so that the start is soon
         forgotten however slow the average is.
         """
         decay = min(self._decay, (1 + step) / (10 + step))
+        weight = (1 - decay) * taken
         for name, parameter in _trainable(self._model).items():
-            self._averages[name].lerp_(parameter.detach().float(), 1 - decay)
+            self._averages[name].lerp_(parameter.detach().float(), weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -112,7 +113,7 @@ class ScheduleFree:
         switch = getattr(self._optimizer, "train" if training else "eval")
         switch()
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, taken: Tensor) -> None:
         pass
 
     @contextmanager

@@ -71,6 +71,8 @@ def compile_regions(model: nn.Module, how: How, *, backend: str = "inductor") ->
             "triton.cudagraphs": how == "graphs",
         }
     for block in regions(model):
+        if block._compiled_call_impl is not None:
+            return  # all of them are
         block.compile(dynamic=True, backend=backend, options=options)
         compiled: Any = block._compiled_call_impl
         block._compiled_call_impl = partial(_call, compiled, block._call_impl)

@@ -21,6 +21,7 @@ from train.config import (
 )
 from train.families import BaseModel
 from train.models import check_zero_snr
+from train.packages import require_quantiser
 
 _FAR = 1.25  # times the resolution that a base was trained at: from 512 to 768 is 1.5
 
@@ -42,11 +43,11 @@ def check_settings(config: RunConfig, base: BaseModel) -> None:
             f"evaluation.every={config.evaluation.every}: model.path={base.path} is {base.family}, "
             "and pictures that are scored are made from text alone; set evaluation.every=0"
         )
-    _check_quantised(config)
+    check_quantised(config)
     recomputing.check(config.train.gradient_checkpointing, config.model)
 
 
-def _check_quantised(config: RunConfig) -> None:
+def check_quantised(config: RunConfig) -> None:
     """What trains needs all its bits: every update is far smaller than a step of 4 or 8."""
     how = config.train.quantize
     in_full = isinstance(config, FullRun) or (
@@ -57,6 +58,14 @@ def _check_quantised(config: RunConfig) -> None:
             f"train.quantize={how} is for a frozen UNet, and here all of it trains: train adapters "
             "(train/lora.py, or DreamBooth with lora={}), or set train.quantize=none"
         )
+    lora = getattr(config, "lora", None)
+    if how != "none" and lora is not None and lora.dora:
+        raise UserError(
+            f"lora.dora=true with train.quantize={how}: DoRA begins with the norms of the base's "
+            "weights, and those of the rounded ones are not those that the adapter is used with; "
+            "leave out one of the two"
+        )
+    require_quantiser(how)
 
 
 def _check_depth(depth: bool, base: BaseModel) -> None:

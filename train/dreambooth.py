@@ -63,6 +63,7 @@ def main(arguments: list[str]) -> None:
         )
         if config.lora:
             models.store_in(pipeline, config.train)
+        pipeline.unet.to(accelerator.device)
         objective = Objective.of(pipeline.scheduler, config.diffusion)
         method = DreamBooth(
             pipeline,

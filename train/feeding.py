@@ -73,8 +73,8 @@ def batches(
     cache_captions: bool = True,
     classes: ClassPictures | None = None,
 ) -> StepBatches:
-    """Fills the cache with what it lacks, then the batches of the run. Of the pipeline, what
-    training needs is on the device then, and only that.
+    """Fills the cache with what it lacks, then the batches of the run. Of the encoders, those that
+    training needs are on the device then; the UNet is not there yet.
 
     cache_captions: False where the text encoder trains. Batches hold token ids then, as they do
     where captions change too much from epoch to epoch to be cached. classes: what DreamBooth trains

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from train.config import DreamBoothRun, RunConfig, TextualInversionRun
-from train.flops import PIXELS, WINDOW, trains_text, trains_weights
+from train.flops import PIXELS, WINDOW, trains_text, trains_weights, windows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -181,12 +181,14 @@ class Rehearsal:
     def _storing(self) -> Phase:
         """Frozen weights in the precision of the forward pass. On a GPU the UNet comes, and goes
         what is needed no more."""
+        import torch
+
         from train import models
 
         self.live.mark()
         phase = self._phase("storing")
         if not trains_weights(self.config):
-            models.store_in(self.pipeline, self.config.train)
+            models.store_in(self.pipeline, self.config.train, torch.device("cpu"))
             phase = self._phase("storing")
             if self.config.train.mixed_precision != "no":
                 self.mapped = 0
@@ -234,7 +236,7 @@ class Rehearsal:
         if self.config.dreambooth.prior != "prediction":  # type: ignore[attr-defined]
             return 0
         copied = [self.pipeline.unet]
-        copied += [self.pipeline.text_encoder] if trains_text(self.config) else []
+        copied += [self.pipeline.text_encoder] if trains_text(self.config) == "weights" else []
         return sum(map(_bytes, copied)) * dtype_of(self.config.train.mixed_precision).itemsize // 4
 
     def _new_words(self) -> nn.Parameter:
@@ -267,7 +269,7 @@ class Rehearsal:
                 self._micro_batch(micro)
         torch.nn.utils.clip_grad_norm_(self.trained, config.clip_norm)
         self.optimizer.step()
-        self.averages.update(step)
+        self.averages.update(step, torch.ones(()))
         self.optimizer.zero_grad(set_to_none=True)
         del buckets
 
@@ -296,7 +298,7 @@ class Rehearsal:
         }
         if beside := self.base.channels - self.base.latent_channels:
             batch["depth"] = torch.empty(count, beside, *shape[2:])
-        tokens = WINDOW * (self.config.data.captions.max_tokens // 75)
+        tokens = WINDOW * windows(self.config)
         if trains_text(self.config) is None:
             batch["prompt_embeds"] = torch.empty(count, tokens, self.base.text_width)
         else:

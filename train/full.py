@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> None:
             accelerator,
             cache_captions=not config.full.text_encoder,
         )
+        pipeline.unet.to(accelerator.device)
         objective = Objective.of(pipeline.scheduler, config.diffusion)
         method = Full(pipeline, objective, config.full)
         fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))

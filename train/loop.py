@@ -129,7 +129,7 @@ def fit(
             seen = accumulate(model, micro_batches, accelerator)
             norm = accelerator.clip_grad_norm_(trainable, config.train.clip_norm)
             taken = guard.step(done, seen, norm, prepared)
-            averages.update(step)
+            averages.update(step, taken)
             prepared.zero_grad(set_to_none=True)
             meter.record(
                 done,
@@ -141,7 +141,7 @@ def fit(
                 images=images_in(micro_batches),
                 work=batches.work(micro_batches),
             )
-            with meter.aside():
+            with meter.aside(waits=pause.is_due(done)):
                 pause.after(done)
         meter.close()
         pause.settle()

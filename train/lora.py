@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
             accelerator,
             cache_captions=config.lora.text_encoder is None,
         )
-        models.store_in(pipeline, config.train)
+        models.store_in(pipeline, config.train, accelerator.device)
         objective = Objective.of(pipeline.scheduler, config.diffusion)
         method = Lora(pipeline, objective, config.lora, seed=config.seed)
         fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))

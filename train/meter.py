@@ -105,8 +105,11 @@ class Meter:
             yield batch
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Time spent within is not counted as training."""
+    def aside(self, *, waits: bool = False) -> Iterator[None]:
+        """Time spent within is not counted as training. waits: for the device, whose work up to
+        here is training still."""
+        if waits and self._accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self._accelerator.device)
         self._paused = time.perf_counter()
         yield
         self._since += time.perf_counter() - self._paused

@@ -215,9 +215,10 @@ def _safe_files(folder: Path) -> list[Path]:
     return [file for pattern in patterns for file in folder.glob(pattern)]
 
 
-def store_in(pipeline: Pipeline, config: TrainConfig) -> None:
+def store_in(pipeline: Pipeline, config: TrainConfig, device: torch.device | None = None) -> None:
     """Keeps frozen weights as the forward pass wants them: in its precision, at half the memory,
-    and laid out as its kernels read them; the UNet's linear layers in 8 or 4 bits, if asked.
+    and laid out as its kernels read them; the UNet's linear layers in 8 or 4 bits, if asked. The
+    UNet comes to the `device`, if one is given, only then.
 
     Comes after caching, which is done in fp32, and before anything is made to train.
     """
@@ -231,6 +232,8 @@ def store_in(pipeline: Pipeline, config: TrainConfig) -> None:
         if module is pipeline.unet and config.quantize != "none":
             quantising.quantise(module, config.quantize)  # of the weights in fp32
         module.to(dtype=dtype_of(config.mixed_precision), memory_format=layout)
+    if device is not None:
+        pipeline.unet.to(device)
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -23,6 +23,15 @@ def require_optimizer(name: str) -> None:
         )
 
 
+def require_quantiser(how: str) -> None:
+    """Raises UserError where train.quantize=`how` needs a package that is not installed."""
+    if how == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "train.quantize=nf4 needs bitsandbytes: pip install 'bitsandbytes>=0.46', or use "
+            "train.quantize=int8"
+        )
+
+
 def require_deepspeed() -> None:
     """Raises UserError where DeepSpeed, for which the launcher asks, is not installed."""
     if importlib.util.find_spec("deepspeed") is None:

@@ -91,6 +91,13 @@ class Pause:
         except Interrupted as interrupted:
             self._end(self.start, interrupted)
 
+    def is_due(self, done: int) -> bool:
+        """Whether anything is to be done after `done` optimizer steps."""
+        config, steps = self.config, self.config.train.steps
+        looks = self.examination.due(done, steps) or self.validation.due(done, steps)
+        often = (config.checkpoint.every, config.preview.every)
+        return looks or any(self._due(done, every) for every in often)
+
     def after(self, done: int) -> None:
         """After `done` optimizer steps. Raises Interrupted, on every process alike and with a
         checkpoint saved, where one of them was asked to end."""

@@ -17,13 +17,12 @@ _REST = "cpu"
 
 
 def settle(pipeline: Pipeline, device: torch.device, *, text: bool) -> None:
-    """From caching to training: the VAE and, unless `text`, the text encoder leave the device, then
-    the UNet comes to it. text: whether training needs the text encoder."""
+    """After caching: the VAE and, unless `text`, the text encoder leave the device. text: whether
+    training needs the text encoder."""
     leaving = (pipeline.vae,) if text else (pipeline.vae, pipeline.text_encoder)
     for part in leaving:
         part.to(_REST)
     _free(device)
-    pipeline.unet.to(device)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
         batches = feeding.batches(
             planned.pictures, pipeline, config, accelerator, cache_captions=False
         )
-        models.store_in(pipeline, config.train)
+        models.store_in(pipeline, config.train, accelerator.device)
         objective = Objective.of(pipeline.scheduler, config.diffusion)
         method = TextualInversion(pipeline, objective, tokens, config.lora, seed=config.seed)
         fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))

@@ -28,6 +28,7 @@ _RUNS: dict[str, type[RunConfig]] = {
     "textual_inversion": TextualInversionRun,
     "full": FullRun,
 }
+_REFILL_SECONDS = 0.02  # that the loader's processes have for the next batch
 _WARM = 3  # steps that do not count; nor does the last, which saves a checkpoint
 _CUDA_SIDE, _CPU_SIDE = 8192, 2048  # of the matrices whose product is the peak
 
@@ -67,6 +68,8 @@ def measure(
     scratch: Path | None = None,
 ) -> dict[str, Any]:
     """The figures of each part. against: what differs in another setting, measured in turns."""
+    if "reference" in parts:
+        _check_reference(setting)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=scratch) as folder:
         where = Path(folder)
         results: dict[str, Any] = {"setting": asdict(setting), "steps": steps, "rounds": rounds}
@@ -79,6 +82,16 @@ def measure(
         if "python" in parts:
             results["python"] = one_parameter(where, rounds)
         return results
+
+
+def _check_reference(setting: Setting) -> None:
+    if setting.method == "textual_inversion" or setting.compile != "none":
+        raise UserError(
+            "parts: reference is the published recipe of adapters and full training, uncompiled; "
+            "leave it out with method=textual_inversion or compile=, like parts='[speed, memory]'"
+        )
+    if setting.precision == "fp16":
+        raise UserError("parts: reference has no gradient scaler; use precision=bf16 or no")
 
 
 def other_setting(setting: Setting, against: Mapping[str, Any]) -> Setting:
@@ -167,6 +180,7 @@ class Trainer:
         )
         if setting.method != "full":
             models.store_in(self.pipeline, self.config.train)
+        self.pipeline.unet.to(self.accelerator.device)
         self.method = self._method(tokens)
         self._outputs = (folder / f"run-{id(self)}-{number}" for number in itertools.count())
 
@@ -214,8 +228,11 @@ class Trainer:
             }
         )
         fit(self.method, batches, config, self.accelerator)
-        # Accelerate puts a forward of its own before the module's, once more at every call.
+        # Accelerate puts a forward of its own before the module's, once more at every call, and
+        # keeps what it prepared.
         vars(self.method.model).pop("forward", None)
+        self.accelerator._models.clear()
+        self.accelerator._optimizers.clear()
 
     def _bare(self) -> Callable[[], dict[str, float]]:
         from train import optim
@@ -379,7 +396,9 @@ class Turns(Watched):
         for _ in range(self.steps):
             began = self._now()
             yield next(source)
-            self.taken.append({"loop": self._now() - began} | self._between())
+            loop = self._now() - began
+            time.sleep(_REFILL_SECONDS)  # what is made ahead for the loop is not the other's to pay
+            self.taken.append({"loop": loop} | self._between())
 
 
 def configuration(setting: Setting, folder: Path) -> RunConfig:
