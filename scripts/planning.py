@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field
 
 from train.config import (
@@ -20,6 +22,8 @@ from train.config import (
     load,
     read_yaml,
 )
+from train.families import INPAINTING_CHANNELS
+from train.flops import trains_text, trains_weights, windows
 
 if TYPE_CHECKING:
     from train.architecture import Architecture
@@ -78,7 +82,7 @@ class Data(NamedTuple):
     """Width and height of the bucket whose batches are largest, pixels."""
     cache_bytes: int
     most: int | None = None
-    """Pictures in it, of which a batch can have no more; None where that is no limit."""
+    """Samples that an epoch has of it, the most of a batch; None where that is no limit."""
 
 
 def run_config(method: str | None, arguments: Sequence[str]) -> RunConfig:
@@ -89,10 +93,15 @@ def run_config(method: str | None, arguments: Sequence[str]) -> RunConfig:
 
 def _method(arguments: Sequence[str]) -> str:
     """By the sections of the file and the overrides."""
-    keys = {argument.partition("=")[0].partition(".")[0] for argument in arguments}
-    words = " ".join(arguments).replace("--config ", "--config=").split()
-    files = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    for file in files:
+    files, keys, rest = [], set[str](), iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            files.append(next(rest, ""))
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            keys.add(argument.partition("=")[0].partition(".")[0])
+    for file in filter(None, files):
         try:
             values = read_yaml(Path(file))
         except (OSError, ValueError) as error:
@@ -122,8 +131,10 @@ def foreseen(method: str, arguments: Sequence[str]) -> list[tuple[str, int]]:
 def plan(config: PlanConfig, run: RunConfig) -> dict[str, Any]:
     """All of it, as JSON can hold it. Raises UserError."""
     from train.architecture import Architecture
+    from train.demands import check_quantised
     from train.footprint import predict
 
+    check_quantised(run)
     base = Architecture.of(run.model)
     data = _data(run, base, config.images)
     run = _capped(run, data.most, config.processes)
@@ -151,29 +162,49 @@ def _gib(size: float) -> float:
 
 
 def _data(run: RunConfig, base: Architecture, images: int | None) -> Data:
-    if images is not None:
-        data = run.data
-        side = data.resolutions[-1] // data.bucket_step * data.bucket_step
-        numbers = 8 * (side // 8) ** 2 * (2 if data.flip else 1) + 77 * base.text_width
-        return Data(images, (side, side), 2 * numbers * images)
     from train import pictures
 
+    inpainting = base.channels == INPAINTING_CHANNELS
+    if images is not None:
+        imagined = _imagined(run, images)
+        taken = pictures.cache_bytes(imagined, config=run.data, inpainting=inpainting)
+        return Data(images, tuple(imagined.sizes[0].tolist()), taken)
+    elsewhere = [s.path for s in run.data.named_sources() if s.path.startswith("hf:")]
+    if elsewhere or run.data.streaming:
+        what = f"data.path={elsewhere[0]}" if elsewhere else "data.streaming=true"
+        raise UserError(
+            f"{what}: nothing is downloaded or streamed for a plan; give images=N, how many "
+            "pictures there are"
+        )
     try:
         found = pictures.find(run.data)
     except UserError as error:
         raise UserError(f"{error}. Without pictures, give images=N for so many") from None
-    if not len(found.sizes):
-        raise UserError("data.streaming: how many pictures there are is not known; give images=N")
     counts = Counter(map(tuple, found.sizes.tolist()))
     once = len(run.data.named_sources()) == 1  # else some may be there several times
     most = max(run.pictures_per_step, 1) if once else 1
-    size = max(counts, key=lambda size: size[0] * size[1] * min(counts[size], most))
-    taken = pictures.cache_bytes(found, config=run.data)
-    return Data(len(found.sizes), size, taken, counts[size] if once else None)
+    again = 1 if found.weights else found.repeats[0]  # as data/order.py takes them
+    size = max(counts, key=lambda size: size[0] * size[1] * min(counts[size] * again, most))
+    taken = pictures.cache_bytes(found, config=run.data, inpainting=inpainting)
+    return Data(len(found.sizes), size, taken, counts[size] * again if once else None)
+
+
+def _imagined(run: RunConfig, images: int) -> Any:
+    """So many pictures, as `pictures.cache_bytes` takes them: squares of the largest resolution."""
+    from train.pictures import cropping
+
+    sources, step = run.data.named_sources(), run.data.bucket_step
+    side = max(cropping(run.data, source).resolutions[-1] for source in sources) // step * step
+    return SimpleNamespace(
+        sizes=np.full((images, 2), side, np.int32),
+        parts=[SimpleNamespace(settings=source) for source in sources],
+        captions=range(images) if trains_text(run) is None else None,
+        tokens=75 * windows(run),
+    )
 
 
 def _capped(run: RunConfig, most: int | None, processes: int) -> RunConfig:
-    """With batches no larger than the pictures that there are for one."""
+    """With batches no larger than the samples that there are for one."""
     train, with_class = run.train, run.train.batch_size // run.pictures_per_step
     if most is None or most >= run.pictures_per_step:
         return run
@@ -184,13 +215,17 @@ def _capped(run: RunConfig, most: int | None, processes: int) -> RunConfig:
 
 def _disk(run: RunConfig, data: Data, footprint: Footprint, base: Architecture) -> dict[str, float]:
     """As the run itself checks it before it starts: parameters, two moments and the average of each
-    checkpoint, one more than are kept, and the result."""
+    checkpoint, those that are kept, the one being written and the best; and the result, of full
+    training all parts in fp32."""
+    from train.validation_data import settings
+
     trained = 4 * footprint.trained
     one = trained * (3 + (run.train.ema_decay is not None))
+    chosen = run.validation.score is not None or settings(run) is not None
     return {
         "cache": _gib(data.cache_bytes),
-        "checkpoints": _gib((run.checkpoint.keep + 1) * one),
-        "result": _gib(trained),
+        "checkpoints": _gib((run.checkpoint.keep + 1 + chosen) * one),
+        "result": _gib(4 * base.numbers() if trains_weights(run) else trained),
     }
 
 
@@ -198,7 +233,6 @@ def _remedies(
     run: RunConfig, base: Architecture, config: PlanConfig, how: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """What makes the run smaller, one after the other and all together, until it fits."""
-    from train.flops import trains_weights
     from train.footprint import predict
 
     for section, key, value in _REMEDIES:
@@ -224,8 +258,7 @@ def _time(
 ) -> dict[str, Any]:
     from train import flops
 
-    windows = run.data.captions.max_tokens // 75
-    work = flops.count(base, data.size, windows=windows)
+    work = flops.count(base, data.size, windows=windows(run))
     picture = flops.per_picture(run, work)
     share = run.train.batch_size / config.processes
     made: dict[str, Any] = {
@@ -241,8 +274,10 @@ def _time(
         "assumed_tflop_per_second": round(rate / TERA, 1),
         "step_seconds": round(step, 4),
         "training_hours": round(step * run.train.steps / 3600, 3),
-        "caching_hours": round(_caching(run, work, data) / rate / config.processes / 3600, 3),
     }
+    if caching := _caching_rate(config, run, rate):
+        seconds = _caching(run, work, data) / caching / config.processes
+        made["caching_hours"] = round(seconds / 3600, 3)
     if config.processes > 1 and config.link:
         # A ring: each process sends and receives this share of all gradients.
         sent = 2 * (config.processes - 1) / config.processes * 4 * trained
@@ -253,7 +288,24 @@ def _time(
 
 
 def _caching(run: RunConfig, work: Any, data: Data) -> float:
-    return data.images * (work.vae_encode * (2 if run.data.flip else 1) + work.text_encoder)
+    """FLOPs. Masked pictures of an inpainting model are left out."""
+    random = any(source.crop == "random" for source in run.data.named_sources())
+    views = (2 if run.data.flip else 1) * (run.data.crop_variants if random else 1)
+    text = work.text_encoder if trains_text(run) is None else 0
+    return data.images * (work.vae_encode * views + text)
+
+
+def _caching_rate(config: PlanConfig, run: RunConfig, rate: float) -> float | None:
+    """FLOP/s of the same share of the peak as in training, in the precision of caching; None where
+    the peaks are not known."""
+    from train.flops import peak_flops
+
+    train, half = run.train, run.data.cache_precision == "bf16"
+    if config.gpu is None:
+        return None
+    peak = peak_flops(config.gpu, train.mixed_precision, tf32=train.tf32)
+    caching = peak_flops(config.gpu, "bf16" if half else "no", tf32=train.tf32)
+    return rate * caching / peak if peak and caching else None
 
 
 def _rate(config: PlanConfig, run: RunConfig) -> float | None:
@@ -312,10 +364,12 @@ def _times(made: dict[str, Any]) -> Iterator[str]:
     if "step_seconds" not in made:
         yield "time       give gpu=NAME or achieved=TFLOP/s"
         return
+    caching = "caching not predicted, for which give gpu=NAME of a known card"
+    if "caching_hours" in made:
+        caching = f"{made['caching_hours']:.2f} h of caching before"
     yield (
         f"time       {made['step_seconds']:.3f} s for a step, {made['training_hours']:.2f} h in "
-        f"all and {made['caching_hours']:.2f} h of caching before, at "
-        f"{made['assumed_tflop_per_second']:g} TFLOP/s (assumed)"
+        f"all at {made['assumed_tflop_per_second']:g} TFLOP/s (assumed); {caching}"
     )
     if exchanged := made["exchanged_bytes_per_step"]:
         yield f"exchange   {exchanged / 2**20:,.1f} MiB of gradients for a step" + (

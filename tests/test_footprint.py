@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 
 from tests.tiny import tiny_pipeline
 from train.architecture import Architecture
@@ -148,15 +149,31 @@ def test_every_method_can_be_rehearsed(base, schema, overrides):
     assert found.training > found.storing > CONTEXT and found.trained > 0
 
 
+def test_captions_that_are_not_cached_keep_the_text_encoder_on_the_gpu(base, sizes):
+    cached, drawn = phases(base), phases(base, "data.captions.shuffle_tags=true")
+    assert drawn.storing - cached.storing == pytest.approx(4 * sizes["text_encoder"], rel=0.01)
+    assert drawn.training > cached.training and drawn.trained == cached.trained
+
+
 def test_previews_bring_all_parts_back(base):
     found = phases(base, "preview.prompts=[a dog]", "train.mixed_precision=bf16")
     assert found.preview > found.checkpoint
 
 
-def test_a_base_that_is_not_here_is_taken_for_sd_2_1(base, monkeypatch):
+def test_a_base_that_is_not_here_is_taken_for_sd_2_1(base, sizes, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assumed = Architecture.of(ModelConfig(path="nobody/has-this"))
     assert "assumed" in assumed.described
+    assert "assumed" in Architecture.of(ModelConfig(path="../nosuch")).described
     own = Architecture.of(ModelConfig(path=str(base)))
     assert own.widths == dict.fromkeys(own.parts, 4)
     assert own.prediction_type == "v_prediction"
+    assert own.numbers() == sum(sizes.values())
+
+
+def test_a_single_file_tells_its_inputs(tmp_path):
+    file = tmp_path / "model.safetensors"
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file({name: torch.zeros(320, 9, 3, 3)}, file)
+    found = Architecture.of(ModelConfig(path=str(file)))
+    assert found.channels == 9 and f"assumed for the single file {file}" in found.described

@@ -56,6 +56,7 @@ TEXT_ENCODER: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "projection_dim": 512,
 }
+_FIRST = "model.diffusion_model.input_blocks.0.0.weight"  # of a single file's UNet
 _SD21: dict[str, dict[str, Any]] = {"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER}
 
 
@@ -77,7 +78,7 @@ class Architecture:
         for a folder that is no base."""
         folder = _folder_of(model)
         if folder is None:
-            return _assumed(f"{model.path} is not on this machine: SD 2.1's sizes are assumed")
+            return _assumed(model)
         index = read_json(folder / "model_index.json", "not a diffusers folder?")
         order = [part for part in index if part in WEIGHTED]
         if set(order) != set(WEIGHTED):
@@ -104,6 +105,14 @@ class Architecture:
     def latent_channels(self) -> int:
         return int(self.parts["vae"].get("latent_channels", LATENT_CHANNELS))
 
+    def numbers(self) -> int:
+        """How many all parts have together."""
+        import torch
+
+        with torch.device("meta"):
+            parts = [self.build(part) for part in self.parts]
+        return sum(p.numel() for part in parts for p in part.parameters())
+
     def build(self, part: str) -> nn.Module:
         """A part as it is loaded for training: frozen, fp32, at rest. On the meta device or among
         fake tensors it takes no memory."""
@@ -111,9 +120,15 @@ class Architecture:
         return module.requires_grad_(False).eval()
 
 
-def _assumed(why: str) -> Architecture:
+def _assumed(model: ModelConfig) -> Architecture:
+    why = f"{model.path} is not on this machine: SD 2.1's sizes are assumed"
     order = ("text_encoder", "unet", "vae")
     parts = {part: _SD21[part] for part in order}
+    if Path(model.path).is_file():
+        why = f"SD 2.1's sizes are assumed for the single file {model.path}"
+        first = read_header(Path(model.path)).tensors.get(_FIRST)
+        if first is not None and len(first.shape) == 4:
+            parts["unet"] = UNET | {"in_channels": first.shape[1]}
     return Architecture(parts, dict.fromkeys(order, 4), "v_prediction", why)
 
 
@@ -134,7 +149,10 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
     files = [f"{part}/config.json" for part in WEIGHTED]
     files += ["scheduler/scheduler_config.json", "model_index.json"]
-    found = [try_to_load_from_cache(name, file, revision=revision) for file in files]
+    try:
+        found = [try_to_load_from_cache(name, file, revision=revision) for file in files]
+    except ValueError:  # no name that the hub could have
+        return None
     there = [Path(file) for file in found if isinstance(file, str)]
     return there[-1].parent if len(there) == len(files) else None
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from train.config import FullRun, LoraConfig, RunConfig, TextualInversionRun
+from train.config import CaptionConfig, FullRun, LoraConfig, RunConfig, TextualInversionRun
 
 WINDOW = 77  # tokens that the text encoder reads at once
 PIXELS = 8  # that a latent is wide
@@ -87,13 +87,36 @@ def trains_weights(config: RunConfig) -> bool:
 
 
 def trains_text(config: RunConfig) -> str | None:
-    """What trains in the text encoder: "weights", or "adapters" (or new words); None where
-    embeddings come from the cache."""
+    """What trains in the text encoder: "weights", or "adapters" (or new words); "frozen" where
+    captions have too many forms to be cached; None where embeddings come from the cache."""
     lora: LoraConfig | None = getattr(config, "lora", None)
     own = getattr(config, "full", None) or getattr(config, "dreambooth", None)
     if isinstance(config, TextualInversionRun) or (lora and lora.text_encoder):
         return "adapters"
-    return "weights" if trains_weights(config) and own and own.text_encoder else None
+    if trains_weights(config) and own and own.text_encoder:
+        return "weights"
+    return "frozen" if _many_forms(config) else None
+
+
+def _many_forms(config: RunConfig) -> bool:
+    """Whether the settings ask for more forms of a caption with many tags and wildcards than are
+    cached; what captions there are is not looked at."""
+    from data.wording import Wording
+    from train.pictures import CACHED_VARIANTS
+
+    enough = range(CACHED_VARIANTS + 1)
+    for source in config.data.named_sources():
+        wording = Wording.of(source.captions or CaptionConfig())
+        tags = [str(tag) for tag in range(wording.keep_tags + len(enough))]
+        caption = wording.separator.join([*tags, "{" + "|".join(map(str, enough)) + "}"])
+        if wording.variants([caption], CACHED_VARIANTS) is None:
+            return True
+    return False
+
+
+def windows(config: RunConfig) -> int:
+    """Of 77 tokens, that are read of each caption."""
+    return max(source.tokens for source in config.data.named_sources()) // 75
 
 
 def checkpointed_share(config: RunConfig) -> float:
