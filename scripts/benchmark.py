@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from scripts.benchmarks.train_setting import TrainSetting
 from train.config import Section, UserError, command, load
 
 DataPart = Literal["decode", "planning", "reading", "memory", "edit", "caching"]
@@ -47,7 +48,7 @@ class DataBenchmark(Section):
     """Folder for some GiB of files made and removed; default: the system's own."""
 
 
-class TrainBenchmark(Section):
+class TrainBenchmark(TrainSetting):
     """The training loop: its speed, and against what it is held (scripts/benchmark.py train)."""
 
     output: Path | None = None
@@ -66,34 +67,6 @@ class TrainBenchmark(Section):
     """Rounds, besides one that does not count."""
     against: dict[str, Any] | None = None
     """What differs in another setting that is measured in turns with this one, like {rank: 64}."""
-    model: Literal["toy", "small", "full"] = "small"
-    """The toy base; SD 2's shape with 8.6 million parameters; SD 2.1's own size."""
-    method: Literal["lora", "textual_inversion", "full"] = "lora"
-    """What trains."""
-    resolution: int = Field(256, ge=64, multiple_of=64)
-    """Side of the pictures in pixels."""
-    micro_batch: int = Field(4, ge=1)
-    """Pictures of one forward pass."""
-    micro_batches: int = Field(1, ge=1)
-    """Forward passes of one optimizer step."""
-    rank: int = Field(8, ge=1)
-    """Of the LoRA."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """As train.mixed_precision."""
-    compile: Literal["none", "blocks", "graphs"] = "none"
-    """As train.compile."""
-    checkpointing: bool = False
-    """As train.gradient_checkpointing."""
-    quantize: Literal["none", "int8", "nf4"] = "none"
-    """As train.quantize."""
-    channels_last: bool = False
-    """As train.channels_last."""
-    tf32: bool = False
-    """As train.tf32."""
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "schedule_free"] = "adamw"
-    """As optim.name."""
-    workers: int = Field(2, ge=0)
-    """As data.workers."""
 
 
 class EvalBenchmark(Section):
@@ -199,11 +172,9 @@ def data(config: DataBenchmark) -> None:
 def train(config: TrainBenchmark) -> None:
     from scripts.benchmarks import train_benchmark
 
-    named = train_benchmark.Setting.__dataclass_fields__
+    own = config.model_dump(include=set(TrainSetting.model_fields))
     results = train_benchmark.measure(
-        train_benchmark.Setting(
-            **{name: getattr(config, name) for name in named}  # which are the same here and there
-        ),
+        TrainSetting(**own),
         config.parts,
         against=config.against,
         steps=2 if config.quick else config.steps,

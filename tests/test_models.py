@@ -439,3 +439,18 @@ def test_latents_are_the_posterior_in_fp32():
     torch.testing.assert_close(mean, posterior.mean)
     torch.testing.assert_close((0.5 * log_variance).exp(), posterior.std)
     assert models.latent_encoder(vae.to(torch.bfloat16))(pixels).dtype == torch.float32
+
+
+def test_channels_innermost_change_nothing_but_rounding():
+    torch.manual_seed(0)
+    given = (torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 77, 32))
+    found = []
+    for innermost in (False, True):
+        unet = (pipeline := tiny_pipeline()).unet
+        for part in (unet, pipeline.vae, pipeline.text_encoder):
+            part.requires_grad_(False)
+        models.store_in(pipeline, TrainConfig(channels_last=innermost))
+        layout = unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        assert layout == innermost
+        found.append(unet(*given).sample)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)

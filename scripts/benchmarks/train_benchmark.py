@@ -8,20 +8,20 @@ import runpy
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from scripts.benchmarks import measuring, train_models
 from scripts.benchmarks.measuring import span, spread
+from scripts.benchmarks.train_setting import TrainSetting
 from train import adapters, fused_lora
 from train.config import ROOT, FullRun, LoraRun, RunConfig, TextualInversionRun, UserError, load
 
 if TYPE_CHECKING:
     from train.method import Method
 
-MethodName = Literal["lora", "textual_inversion", "full"]
 Way = Literal["bare", "reference"]
 _RUNS: dict[str, type[RunConfig]] = {
     "lora": LoraRun,
@@ -33,33 +33,8 @@ _WARM = 3  # steps that do not count; nor does the last, which saves a checkpoin
 _CUDA_SIDE, _CPU_SIDE = 8192, 2048  # of the matrices whose product is the peak
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is trained, and how."""
-
-    model: train_models.Size = "small"
-    method: MethodName = "lora"
-    resolution: int = 256
-    micro_batch: int = 4
-    micro_batches: int = 1
-    """Per optimizer step."""
-    rank: int = 8
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    compile: Literal["none", "blocks", "graphs"] = "none"
-    checkpointing: bool = False
-    quantize: Literal["none", "int8", "nf4"] = "none"
-    channels_last: bool = False
-    tf32: bool = False
-    optimizer: str = "adamw"
-    workers: int = 2
-
-    @property
-    def batch(self) -> int:
-        return self.micro_batch * self.micro_batches
-
-
 def measure(
-    setting: Setting,
+    setting: TrainSetting,
     parts: Sequence[str],
     *,
     against: Mapping[str, Any] | None = None,
@@ -72,19 +47,23 @@ def measure(
         _check_reference(setting)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=scratch) as folder:
         where = Path(folder)
-        results: dict[str, Any] = {"setting": asdict(setting), "steps": steps, "rounds": rounds}
+        results: dict[str, Any] = {
+            "setting": setting.model_dump(),
+            "steps": steps,
+            "rounds": rounds,
+        }
         if {"speed", "reference"} & set(parts):
             other = other_setting(setting, against) if against else None
             results |= speed(setting, other, where, steps, rounds, "reference" in parts)
         if "memory" in parts:
-            alone = {"setting": asdict(setting), "folder": folder}
+            alone = {"setting": setting.model_dump(), "folder": folder}
             results["memory"] = measuring.fresh(f"{__name__}:memory", **alone)
         if "python" in parts:
             results["python"] = one_parameter(where, rounds)
         return results
 
 
-def _check_reference(setting: Setting) -> None:
+def _check_reference(setting: TrainSetting) -> None:
     if setting.method == "textual_inversion" or setting.compile != "none":
         raise UserError(
             "parts: reference is the published recipe of adapters and full training, uncompiled; "
@@ -94,19 +73,24 @@ def _check_reference(setting: Setting) -> None:
         raise UserError("parts: reference has no gradient scaler; use precision=bf16 or no")
 
 
-def other_setting(setting: Setting, against: Mapping[str, Any]) -> Setting:
+def other_setting(setting: TrainSetting, against: Mapping[str, Any]) -> TrainSetting:
     """Raises UserError for what is no setting, or cannot be changed within one process."""
-    unknown = against.keys() - asdict(setting).keys()
+    unknown = against.keys() - setting.model_dump().keys()
     if unknown:
-        known = ", ".join(asdict(setting))
+        known = ", ".join(setting.model_dump())
         raise UserError(f"against: {sorted(unknown)[0]!r} is no setting; choose among {known}")
     if "precision" in against or "tf32" in against:
         raise UserError("against: precision and tf32 are a whole process's; run it once for each")
-    return replace(setting, **against)
+    return TrainSetting(**setting.model_dump() | dict(against))
 
 
 def speed(
-    setting: Setting, other: Setting | None, folder: Path, steps: int, rounds: int, reference: bool
+    setting: TrainSetting,
+    other: TrainSetting | None,
+    folder: Path,
+    steps: int,
+    rounds: int,
+    reference: bool,
 ) -> dict[str, Any]:
     """Seconds per step of the loop, undisturbed; and in turns with it, step by step, of its
     computation alone and of a published recipe, or in rounds of `steps` of another setting."""
@@ -135,7 +119,7 @@ def speed(
         "data_wait": spread([one["waited"] / one["step"] for one in loop]),
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "ratios": ratios,
-        **({"against": asdict(other)} if other else {}),
+        **({"against": other.model_dump()} if other else {}),
     }
     if reference:
         results["encode_to_forward"] = trainer.encode_to_forward()
@@ -159,7 +143,7 @@ def _rates(trainer: Trainer, seconds: float) -> dict[str, Any]:
 class Trainer:
     """A setting that is ready to train."""
 
-    def __init__(self, setting: Setting, folder: Path, accelerator: Any = None) -> None:
+    def __init__(self, setting: TrainSetting, folder: Path, accelerator: Any = None) -> None:
         from train import feeding, models, new_tokens, pictures
         from train.launch import open_accelerator
 
@@ -401,7 +385,7 @@ class Turns(Watched):
             self.taken.append({"loop": loop} | self._between())
 
 
-def configuration(setting: Setting, folder: Path) -> RunConfig:
+def configuration(setting: TrainSetting, folder: Path) -> RunConfig:
     """The run of a setting, on pictures and a base that are made where they are not there."""
     base = train_models.base(setting.model, folder)
     side, count = setting.resolution, max(4 * setting.batch, 16)
@@ -431,7 +415,7 @@ def configuration(setting: Setting, folder: Path) -> RunConfig:
     return load(_RUNS[setting.method], overrides)
 
 
-def _of_method(setting: Setting) -> list[str]:
+def _of_method(setting: TrainSetting) -> list[str]:
     if setting.method == "lora":
         return [f"lora.rank={setting.rank}", f"lora.alpha={setting.rank}"]
     if setting.method == "textual_inversion":
@@ -462,7 +446,7 @@ def matmul_peak(accelerator: Any, precision: str) -> float:
 
 def memory(setting: dict[str, Any], folder: str) -> dict[str, Any]:
     """A few steps in a process of its own, whose peak is noted."""
-    trainer = Trainer(Setting(**setting), Path(folder))
+    trainer = Trainer(TrainSetting(**setting), Path(folder))
     trainer.fit(2)
     return {"device_peak_gib": trainer.device_peak_gib()}
 
