@@ -142,6 +142,7 @@ def test_what_records_no_gradients_runs_uncompiled():
     assert not graphs()
 
 
+@pytest.mark.slow
 def test_recomputed_activations_and_bf16():
     unet, other = compiled(trained(dropout=0.3)), trained(dropout=0.3)
     for one in (unet, other):

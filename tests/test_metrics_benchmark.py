@@ -30,7 +30,7 @@ def tiny(monkeypatch):
 def test_the_report_has_all_its_fields_and_a_table(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
     output = tmp_path / "made" / "benchmark.json"
-    benchmark.main(["metrics", f"output={output}"])
+    benchmark.main(["eval", f"output={output}"])
     results = json.loads(output.read_text())["results"]
     assert results.keys() == {"streaming", "frechet", "intervals", "pairs"}
     assert results["streaming"]["pictures"] == 300
@@ -42,7 +42,7 @@ def test_the_report_has_all_its_fields_and_a_table(tiny, tmp_path, capsys, monke
 
 
 def test_parts_are_chosen_and_misspelt_ones_refused(tiny, capsys):
-    benchmark.main(["metrics", "parts=[intervals]"])
+    benchmark.main(["eval", "parts=[intervals]"])
     assert "intervals of two FIDs" in capsys.readouterr().out
     with pytest.raises(UserError, match="parts"):
-        benchmark.main(["metrics", "parts=[everything]"])
+        benchmark.main(["eval", "parts=[everything]"])

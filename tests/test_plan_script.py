@@ -42,6 +42,7 @@ def test_a_plan_without_pictures(arguments, tmp_path, capsys):
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_what_would_make_it_fit_comes_with_its_peak(arguments, tmp_path):
     found = made(arguments, tmp_path, "images=9", "card=0.605", "train.batch_size=64")
     peaks = [found["peak_gib"], *(remedy["peak_gib"] for remedy in found["remedies"])]

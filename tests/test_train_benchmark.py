@@ -16,6 +16,7 @@ def measured(tmp_path, *overrides):
     return json.loads(output.read_text())["results"]
 
 
+@pytest.mark.slow
 def test_the_loop_is_held_against_its_computation_the_recipe_and_another_setting(tmp_path, capsys):
     found = measured(tmp_path, "parts=[speed, reference]", "against={rank: 2}", "micro_batches=2")
     assert found["setting"]["rank"] == 8 and found["against"]["rank"] == 2

@@ -29,7 +29,8 @@ def settle(pipeline: Pipeline, device: torch.device, *, text: bool) -> None:
 def awake(pipeline: Pipeline, device: torch.device) -> Iterator[None]:
     """Within it all parts are on the device, to make pictures; afterwards, whatever happened, each
     is where it was."""
-    homes = {part: _place(part) for part in (getattr(pipeline, name) for name in _PARTS)}
+    parts = (getattr(pipeline, name, None) for name in _PARTS)
+    homes = {part: _place(part) for part in parts if part is not None}
     away = [part for part, home in homes.items() if home.type != device.type]
     try:
         for part in away:
