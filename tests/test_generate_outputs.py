@@ -96,9 +96,9 @@ def test_seeds_end_where_generators_do(make, tmp_path, keys):
 )
 def test_a_signal_ends_with_a_line_and_the_same_command_goes_on(base, tmp_path, number, code):
     text = (
-        "import os; from scripts import generate; from scripts.generation import drawing\n"
+        "import signal; from scripts import generate; from scripts.generation import drawing\n"
         "from train.config import command\n"
-        f"drawing.Drawing.sample = lambda *_: os.kill(os.getpid(), {int(number)})\n"
+        f"drawing.Drawing.sample = lambda *_: signal.raise_signal({int(number)})\n"
         "command(generate.main)"
     )
     arguments = [f"model={base}", f"output={tmp_path / 'out'}", *HOW, "prompt=a cat"]
