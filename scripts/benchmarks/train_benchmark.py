@@ -212,9 +212,7 @@ class Trainer:
             }
         )
         fit(self.method, batches, config, self.accelerator)
-        # Accelerate puts a forward of its own before the module's, once more at every call, and
-        # keeps what it prepared.
-        vars(self.method.model).pop("forward", None)
+        # Accelerate keeps what it prepared. The model stays so, and is not prepared twice.
         self.accelerator._models.clear()
         self.accelerator._optimizers.clear()
 
