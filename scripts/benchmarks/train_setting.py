@@ -38,8 +38,8 @@ class TrainSetting(Section):
     """As train.tf32."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "schedule_free"] = "adamw"
     """As optim.name."""
-    workers: int = Field(2, ge=0)
-    """As data.workers."""
+    workers: int = Field(1, ge=0)
+    """As data.workers; a second one, on two cores that both train, costs more than it saves."""
 
     @property
     def batch(self) -> int:
