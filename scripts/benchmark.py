@@ -170,7 +170,7 @@ def data(config: DataBenchmark) -> None:
 
 
 def train(config: TrainBenchmark) -> None:
-    from scripts.benchmarks import train_benchmark
+    from scripts.benchmarks import train_benchmark, train_table
 
     own = config.model_dump(include=set(TrainSetting.model_fields))
     results = train_benchmark.measure(
@@ -181,7 +181,7 @@ def train(config: TrainBenchmark) -> None:
         rounds=2 if config.quick else config.rounds,
         scratch=config.scratch,
     )
-    report(results, train_benchmark.table(results), config)
+    report(results, train_table.table(results), config)
 
 
 def evaluation(config: EvalBenchmark) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from scripts.benchmarks import measuring, train_models
-from scripts.benchmarks.measuring import span, spread
+from scripts.benchmarks.measuring import spread
+from scripts.benchmarks.train_python import one_parameter
 from scripts.benchmarks.train_setting import TrainSetting
+from scripts.benchmarks.train_watch import WARM, Timed, Turns
 from train import adapters, fused_lora
 from train.config import ROOT, FullRun, LoraRun, RunConfig, TextualInversionRun, UserError, load
 
@@ -28,8 +30,6 @@ _RUNS: dict[str, type[RunConfig]] = {
     "textual_inversion": TextualInversionRun,
     "full": FullRun,
 }
-_REFILL_SECONDS = 0.02  # that the loader's processes have for the next batch
-_WARM = 3  # steps that do not count; nor does the last, which saves a checkpoint
 _CUDA_SIDE, _CPU_SIDE = 8192, 2048  # of the matrices whose product is the peak
 
 
@@ -184,7 +184,7 @@ class Trainer:
 
     def fit(self, steps: int) -> dict[str, float]:
         """Seconds of a step of the project's loop, and of those waited for data."""
-        timed = Timed(self._of(_WARM + steps + 1), self._wait, steps)
+        timed = Timed(self._of(WARM + steps + 1), self._wait, steps)
         self._fit(timed)
         return {"step": timed.seconds / steps, "waited": timed.waited / steps}
 
@@ -193,9 +193,9 @@ class Trainer:
         is there already ("forward", "backward", "optimizer", "bare"), or of the published recipe
         ("reference")."""
         between = self._bare() if way == "bare" else self._plain()
-        turns = Turns(self._of(_WARM + steps + 1), self._now, between)
+        turns = Turns(self._of(WARM + steps + 1), self._now, between)
         self._fit(turns)
-        return turns.taken[_WARM : _WARM + steps]
+        return turns.taken[WARM : WARM + steps]
 
     def _of(self, steps: int) -> Any:
         return replace(self.batches, steps=steps)
@@ -323,66 +323,6 @@ class Trainer:
             torch.cuda.synchronize()
 
 
-class Watched:
-    """Batches that are noted how long `fit` takes with them."""
-
-    held_out = None
-
-    def __init__(self, batches: Any) -> None:
-        self._batches, self.steps = batches, batches.steps
-
-    def epochs(self, steps: int) -> float:
-        return self._batches.epochs(steps)
-
-    def work(self, micro_batches: Any) -> float:
-        return self._batches.work(micro_batches)
-
-
-class Timed(Watched):
-    """All of some steps, from the first that counts. The device is waited for at both ends, and not
-    between."""
-
-    def __init__(self, batches: Any, wait: Callable[[], None], counted: int) -> None:
-        super().__init__(batches)
-        self._wait, self._counted = wait, counted
-        self.seconds = self.waited = 0.0
-
-    def __call__(self, start: int) -> Iterator[Any]:
-        source = iter(self._batches(start))
-        began = waited = 0.0
-        for number in range(self.steps):
-            if number == _WARM:
-                self._wait()
-                began, waited = time.perf_counter(), 0.0
-            if number == _WARM + self._counted:
-                self._wait()
-                self.seconds, self.waited = time.perf_counter() - began, waited
-            before = time.perf_counter()
-            batch = next(source)
-            waited += time.perf_counter() - before
-            yield batch
-
-
-class Turns(Watched):
-    """Each step by itself, and something else between any two."""
-
-    def __init__(
-        self, batches: Any, now: Callable[[], float], between: Callable[[], dict[str, float]]
-    ) -> None:
-        super().__init__(batches)
-        self._now, self._between = now, between
-        self.taken: list[dict[str, float]] = []
-
-    def __call__(self, start: int) -> Iterator[Any]:
-        source = iter(self._batches(start))
-        for _ in range(self.steps):
-            began = self._now()
-            yield next(source)
-            loop = self._now() - began
-            time.sleep(_REFILL_SECONDS)  # what is made ahead for the loop is not the other's to pay
-            self.taken.append({"loop": loop} | self._between())
-
-
 def configuration(setting: TrainSetting, folder: Path) -> RunConfig:
     """The run of a setting, on pictures and a base that are made where they are not there."""
     base = train_models.base(setting.model, folder)
@@ -447,108 +387,3 @@ def memory(setting: dict[str, Any], folder: str) -> dict[str, Any]:
     trainer = Trainer(TrainSetting(**setting), Path(folder))
     trainer.fit(2)
     return {"device_peak_gib": trainer.device_peak_gib()}
-
-
-def one_parameter(folder: Path, rounds: int, steps: int = 1000) -> dict[str, Any]:
-    """Milliseconds of a step of the loop with a model of one number, which is all but computing."""
-    import torch
-    from torch import nn
-
-    from train.config import LoopConfig
-    from train.launch import open_accelerator
-    from train.loop import fit
-
-    class One(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-
-        def forward(self, batch: dict[str, Any]) -> Any:
-            return (batch["x"] - self.weight).square()
-
-    class Toy:
-        def __init__(self) -> None:
-            self.model = One()
-
-        def parameter_groups(self, config: Any) -> list[dict[str, Any]]:
-            return [{"params": [self.model.weight]}]
-
-        def pipeline(self) -> None:
-            return None
-
-        def export(self, directory: Path) -> None:
-            pass
-
-    class Given:
-        def __init__(self) -> None:
-            self.steps = steps
-
-        def epochs(self, steps: int) -> float:
-            return 0.0
-
-        def work(self, micro_batches: Any) -> float:
-            return 0.0
-
-        def __call__(self, start: int) -> Iterator[Any]:
-            one = {"x": torch.ones(1), "weight": torch.ones(1), "ids": ["one"]}
-            yield from ([dict(one)] for _ in range(steps))
-
-    accelerator = open_accelerator("no")
-    taken = []
-    for number in range(rounds):
-        overrides = {
-            "output": folder / f"one-{number}",
-            "train": {"steps": steps},
-            "preview": {"every": 0},
-            "checkpoint": {"every": steps},
-        }
-        timed = Timed(Given(), lambda: None, steps - _WARM - 1)
-        fit(Toy(), timed, LoopConfig(**overrides), accelerator)
-        taken.append(1000 * timed.seconds / (steps - _WARM - 1))
-    return {"steps": steps, "milliseconds": spread(taken)}
-
-
-# The table
-
-
-def table(results: dict[str, Any]) -> str:
-    lines = ["| what | measured | target |", "| --- | --- | --- |"]
-    lines += [f"| {what} | {value} | {target} |" for what, value, target in _rows(results)]
-    return "\n".join(lines)
-
-
-def _rows(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    if "seconds" in results:
-        yield from _speed_rows(results)
-    if "memory" in results:
-        memory = results["memory"]
-        yield "peak resident memory, MiB", f"{memory['peak_mib']:,.0f}", ""
-        if memory["device_peak_gib"] is not None:
-            yield "peak of the device's allocator, GiB", f"{memory['device_peak_gib']:.2f}", ""
-    if "python" in results:
-        taken = span(results["python"]["milliseconds"], 3)
-        yield "a step of a model of one number, milliseconds", taken, "at most 2"
-
-
-def _speed_rows(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    seconds, ratios = results["seconds"], results["ratios"]
-    yield "pictures per second", f"{results['images_per_second']:,.2f}", ""
-    yield "a step, seconds", span(results["step"], 3), ""
-    yield "waiting for data, share of it", span(results["data_wait"], 4), "at most 0.02"
-    for name in ("forward", "backward", "optimizer"):
-        yield f"{name} alone, seconds", span(seconds[name], 3), ""
-    yield "the three together, seconds", span(seconds["bare"], 3), ""
-    yield "the three together, share of the loop's step", span(ratios["bare"], 3), "at least 0.97"
-    if "reference" in seconds:
-        yield "a step of the published recipe, seconds", span(seconds["reference"], 3), ""
-        taken = span(results["encode_to_forward"])
-        yield "encoding its pictures, in forward passes of the UNet", taken, ""
-        yield "times as fast as the published recipe", span(ratios["reference"], 3), "at least 1.6"
-    if "against" in seconds:
-        yield "in rounds: the other setting, seconds", span(seconds["against"], 3), ""
-        yield "times as fast as the other setting", span(ratios["against"], 3), ""
-    yield "TFLOP/s", f"{results['tflop_per_second']:,.3f}", ""
-    yield "TFLOP/s of a matrix product here", f"{results['matmul_tflop_per_second']:,.3f}", ""
-    yield "share of that", f"{results['share_of_matmul']:.1%}", ""
-    if results["device_peak_gib"] is not None:
-        yield "peak of the device's allocator, GiB", f"{results['device_peak_gib']:.2f}", ""
