@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A file of tests for each core at a time; its modules' fixtures are made once.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: setup demo test test-all lint toy
+.PHONY: setup demo test test-slow lint toy
 
 setup: $(READY)
 	@$(BIN)/python scripts/toy/demo_data.py
@@ -22,10 +24,10 @@ demo: setup
 	@bash scripts/demo.sh
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
-test-all: setup
-	$(BIN)/python -m pytest
+test-slow: setup
+	$(PYTEST) -m slow --durations 15
 
 toy: setup
 	@bash scripts/toy/make.sh

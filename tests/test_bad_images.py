@@ -21,6 +21,7 @@ SCAN = """
 import json, resource, sys
 from pathlib import Path
 from data.sources import scan
+from train.resident import peak_resident
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # a bomb decoded takes more
 found = {}
 for folder in ("sidecars", "listed"):
@@ -29,8 +30,7 @@ for folder in ("sidecars", "listed"):
         found[f"{folder}/{record.id}"] = [record.width, record.height]
     for rejected in source.rejected:
         found[f"{folder}/{rejected.id}"] = rejected.reason
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-json.dump([found, peak], open(sys.argv[2], "w"))
+json.dump([found, peak_resident() / 2**20], open(sys.argv[2], "w"))
 """
 
 

@@ -124,6 +124,7 @@ BELOW_THE_LOOP = (
     "packed",
     "pauses",
     "previews",
+    "resident",
     "resting",
     "sharding",
     "stopping",

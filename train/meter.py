@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from train.resident import peak_resident
 from train.tracking import Trackers
 
 
@@ -178,6 +179,4 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of the device's allocator, or of this process on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident() / 2**30

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import ROOT, RunFailed
+from train.resident import peak_resident
 
 LIBRARIES = ("torch", "numpy", "Pillow", "pyarrow", "safetensors", "xxhash", "diffusers")
 SAMPLE_SECONDS = 0.01
@@ -100,7 +101,7 @@ def child() -> None:
     function = getattr(importlib.import_module(module), name)
     with _peak_anonymous() as peak:
         result = function(**json.loads(sys.argv[2]))
-    result["peak_mib"] = round(_memory_kib("/proc/self/status", "VmHWM") / 1024, 1)
+    result["peak_mib"] = round(peak_resident() / 2**20, 1)
     result["peak_anonymous_mib"] = round(max(peak) / 1024, 1)
     print(json.dumps(result))
 

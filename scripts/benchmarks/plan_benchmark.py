@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from data import toy
 from scripts.benchmarks.measuring import fresh
 from train.config import ROOT, RunFailed
+from train.resident import peak_resident
 
 Results = dict[str, dict[str, Any]]
 
@@ -151,21 +152,12 @@ def resident_peak(command: list[str]) -> int:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
         peak = 0
         while process.poll() is None:
-            peak = max(peak, _high_water(process.pid))
+            peak = max(peak, peak_resident(process.pid))
             time.sleep(_LOOK_SECONDS)
         if process.returncode:
             said.seek(0)
             raise RunFailed(f"{' '.join(command)}: {said.read()[-2000:].decode(errors='replace')}")
     return peak
-
-
-def _high_water(process: int) -> int:
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return 0
-    line = next((line for line in status.splitlines() if line.startswith("VmHWM")), "VmHWM: 0 kB")
-    return int(line.split()[1]) * 1024
 
 
 def table(results: Results) -> str:

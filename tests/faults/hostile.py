@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from tests.faults.processes import Run, Starter
+from train.resident import peak_resident
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>'\"&amp;"
 _LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_{}.weight"
@@ -47,12 +48,7 @@ def peak(run: Run, timeout: float = 60) -> tuple[float, float]:
     began, most = time.monotonic(), 0.0
     while run.running:
         assert time.monotonic() - began < timeout, f"not done after {timeout} s\n{run.output}"
-        try:
-            lines = Path(f"/proc/{run.pids[0]}/status").read_text().splitlines()
-        except OSError:
-            break
-        found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-        most = max([most, *(kilobytes / 1024 for kilobytes in found)])
+        most = max(most, peak_resident(run.pids[0]) / 2**20)
         time.sleep(0.002)
     run.wait(timeout)
     return most, time.monotonic() - began
