@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from data import companions
 from data.companions import Focus, Kind
 from data.images import EXTENSIONS
 from data.listing import CAPTION_EXTENSIONS, METADATA, Listing, Tally, extension, shown, stem
 from train.config import UserError
+
+Recognise = Callable[[Listing, "str | None"], "Layout | None"]
+OTHERS: list[Recognise] = []
+"""Layouts of others (docs/extending.md), asked of a folder without metadata file; None is no."""
 
 IMAGES, TEXTS = companions.PICTURES, ("texts", "captions")
 
@@ -64,6 +68,9 @@ def recognise(listing: Listing, default: str | None, column: str | None = None) 
         from data.metadata import Metadata
 
         return Metadata(listing, metadata[0], column)
+    for other in OTHERS:
+        if (found := other(listing, default)) is not None:
+            return found
     pictures, left_aside = companions.split_pictures(listing)
     listing.notes += companions.unowned(listing, pictures)
     listing.notes += Tally(left_aside).note("masks and depth maps, not taken as pictures")

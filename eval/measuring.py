@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +92,10 @@ class Evidence:
         return {arm: clip_score(clip[arm], rows) for arm in arms if arm in self.made}
 
 
+OTHERS: list[Callable[[Evidence], Mapping[str, Score]]] = []
+"""Metrics of others (docs/extending.md), at the end of the table."""
+
+
 def measure(found: Evidence, *, seed: int) -> dict[str, Any]:
     """All of metrics.json but `title`, `settings` and the checkpoints' curve."""
     plan, given = found.plan, found.given
@@ -99,6 +103,8 @@ def measure(found: Evidence, *, seed: int) -> dict[str, Any]:
     _, moved = found.forgotten or (None, [])
     scores = {**_likenesses(found, rows), **_distances(found, seed=seed), **_texts(found, rows)}
     scores |= _lost(found)
+    for other in OTHERS:
+        scores |= other(found)
     if copies is not None and copies.judged:
         scores["copies"] = _copies_score(copies)
     scores = _ordered(scores)

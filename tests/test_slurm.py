@@ -13,6 +13,7 @@ import pytest
 from tests.slurm_stand_ins import ROOT, Slurm, directives
 
 TEMPLATES = sorted(path.name for path in (ROOT / "scripts/slurm").glob("*.sbatch"))
+SINGLE = [name for name in TEMPLATES if name != "array.sbatch"]  # which take an entry themselves
 # In the place of Python: notes what it is told, tells what it was told to, ends as told.
 TRAINS = """#!/usr/bin/env bash
 here="$(dirname "$0")"
@@ -79,7 +80,7 @@ def test_templates_ask_for_what_an_interruption_needs(template):
     assert not {"gpus-per-task", "gpu-bind"} & asked.keys()
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", SINGLE)
 def test_each_task_is_told_its_place(tmp_path, template):
     job = Trained(tmp_path, tasks=2)
     words = ("train/lora.py", "data.caption=a cat: *", f"output={job.output}")
@@ -87,6 +88,24 @@ def test_each_task_is_told_its_place(tmp_path, template):
     told = sorted(line.split("|")[:-1] for line in job.file("told").read_text().splitlines())
     assert told == [[rank, rank, "2", "127.0.0.1", "24321", *words] for rank in "01"]
     assert "--kill-on-bad-exit=0" in job.slurm.options and "--wait=120" in job.slurm.options
+
+
+def test_a_task_of_an_array_runs_its_line(job, monkeypatch):
+    lines = [f"train/lora.py 'data.caption=a cat: *' 'output={job.output}' seed={n}" for n in "01"]
+    job.file("runs.txt").write_text("\n".join(lines) + "\n")
+    arguments = (str(job.file("runs.txt")),)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    job.end(138, *arguments, step=5, template="array.sbatch")
+    told = job.file("told").read_text().splitlines()[0].split("|")
+    assert told[5:-1] == [
+        "train/lora.py",
+        "data.caption=a cat: *",
+        f"output={job.output}",
+        "seed=1",
+    ]
+    assert job.slurm.asked() == ["requeue 4321"]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert "no line for task 2" in job.end(2, *arguments, template="array.sbatch")
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130, 137])

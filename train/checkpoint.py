@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train import zero
 from train.averaging import Averages
 from train.background import Background
 from train.checkpoint_files import (
@@ -110,10 +111,21 @@ class Checkpoints:
         an asynchronous one raises that at the next `wait`, or `save` if that fails too.
         """
         parameters = self._parameters_of(model)
-        if not self.writes:
-            if is_sharded(model):
+        with zero.whole(parameters.values()):
+            if self.writes:
+                self._hold(step, parameters, optimizer, averages, facts)
+            elif is_sharded(model):
                 gather_for_another(parameters, optimizer, averages or {})
-            return
+
+    def _hold(
+        self,
+        step: int,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        averages: dict[str, Tensor] | None,
+        facts: dict[str, Any],
+    ) -> None:
+        """Writes all of it, or copies it to be written beside training."""
         tensors, scalars = optimizer_state(parameters, optimizer)
         state = {"model": trainable_state(parameters), "optimizer": tensors}
         if averages:
@@ -347,7 +359,8 @@ class Checkpoints:
         path = self.path(step)
         manifest = verify(path, hashes=not verified)
         parameters = dict(model.named_parameters())
-        load_trainable(parameters, read_tensors(path / "model.safetensors"))
+        with zero.whole((p for p in parameters.values() if p.requires_grad), written=True):
+            load_trainable(parameters, read_tensors(path / "model.safetensors"))
         tensors = read_tensors(path / "optimizer.safetensors")
         load_optimizer(parameters, optimizer, tensors, manifest["optimizer"])
         if averages is not None:

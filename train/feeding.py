@@ -12,6 +12,7 @@ from data.files import progress
 from train import resting
 from train.config import DataConfig, RunConfig
 from train.families import INPAINTING_CHANNELS
+from train.node_caches import share_of
 from train.pictures import Pictures
 from train.stopping import checking, jointly
 from train.streams import stream_in
@@ -167,8 +168,7 @@ def fill_latents(
     how: dict[str, Any] = {
         "flip": data.flip,
         "batch_size": data.cache_batch_size,
-        "rank": accelerator.process_index,
-        "world": accelerator.num_processes,
+        **share_of(store.folder, accelerator)._asdict(),
     }
 
     def mine() -> None:
@@ -223,8 +223,7 @@ def fill_captions(
         captions,
         store,
         caption_encoder(pipeline.tokenizer, pipeline.text_encoder, max_tokens=max_tokens),
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        **share_of(store.folder, accelerator)._asdict(),
         progress=checking(progress("caching captions", accelerator.is_main_process)),
         **prints,
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from train import zero
 from train.config import LoopConfig, RunFailed
 from train.sharding import whole
 from train.stopping import Agreement
@@ -81,6 +82,7 @@ def can_be_late(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> b
     torch's fused kernels do, as they must under a gradient scaler, which has its own ways.
     """
     waits = accelerator.device.type == "cuda" and accelerator.scaler is None
+    waits = waits and not zero.is_used(accelerator)  # which decides by itself
     plain = all(type(p) is torch.nn.Parameter for g in optimizer.param_groups for p in g["params"])
     return waits and plain and heeds_found_inf(optimizer)
 

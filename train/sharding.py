@@ -73,7 +73,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def _is_in_parts(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    split = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return split or zero.is_in_parts(model)
 
 
 def refresh(optimizer: Any) -> None:
@@ -147,10 +148,11 @@ def _sharded_parts(method: Method) -> dict[str, nn.Module]:
 def _whole_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """Its state on the CPU, in the process that is to keep it."""
     state = {}
-    for name, tensor in module.state_dict().items():
-        value = whole(tensor)
-        if keep:
-            state[name] = value.detach().cpu()
+    with zero.whole(module.parameters()):
+        for name, tensor in module.state_dict().items():
+            value = whole(tensor)
+            if keep:
+                state[name] = value.detach().cpu().clone()
     return state
 
 

@@ -14,6 +14,7 @@ from data.buckets import buckets_of, too_small
 from data.files import progress, silent
 from data.records import Record, Table
 from train.config import DataConfig
+from train.node_caches import share_of
 from train.pictures import Part, Pictures, bucketed, cropping, policy
 from train.stopping import checking, jointly
 
@@ -86,9 +87,11 @@ class _Passing:
 
         assert self.part.stream is not None
         on_bad = policy(self.data)
+        share = share_of(self.data.cache, accelerator)
         if accelerator.is_main_process:
-            for note in self.part.stream.idle(accelerator.num_processes):
+            for note in self.part.stream.idle(share.world):
                 print(f"note     {note}", flush=True)
+        if share.rank == 0:
             self._forget_what_is_lost()
         accelerator.wait_for_everyone()
         mine = partial(
@@ -97,8 +100,7 @@ class _Passing:
             self.folder,
             self._visit,
             on_bad=on_bad,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
+            **share._asdict(),
             progress=checking(progress("streaming shards", accelerator.is_main_process)),
         )
         jointly(accelerator, mine)

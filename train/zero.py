@@ -1,16 +1,18 @@
-"""DeepSpeed's ZeRO-2 (Rajbhandari et al. 2020, arXiv:1910.02054): every process keeps all weights,
-and of the gradients and the optimizer's state a part.
+"""DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054). Stage 2: every process keeps all
+weights, and of the gradients and the optimizer's state a part. Stage 3: of the weights too.
 
-DeepSpeed joins the parameters of each of the optimizer's groups into one flat tensor, of which
-every process trains a copy of its part. What is here shows the state of that by parameter.
+DeepSpeed joins the parameters of each of the optimizer's groups into flat tensors, of which every
+process trains a copy of its part. What is here shows the state of that by parameter. Between
+forward and backward passes the parameters themselves are empty at stage 3, but within `whole`.
 """
 
 from __future__ import annotations
 
 import os
 from collections import UserDict
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,8 @@ def plugin() -> DeepSpeedPlugin | None:
     found = DeepSpeedPlugin(gradient_accumulation_steps=1)
     fp32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
     found.deepspeed_config.update(train_micro_batch_size_per_gpu=1, **fp32)
+    # By it transformers would know of stage 3, and split what it loads before anyone has seen it.
+    found.set_deepspeed_weakref = lambda: None
     return found
 
 
@@ -63,7 +67,26 @@ def prepare(
 
 def splits(model: nn.Module) -> bool:
     """Whether the optimizer's state of a model's parameters is split."""
-    return any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters())
+    return is_in_parts(model) or any(hasattr(p, "_hp_mapping") for p in model.parameters())
+
+
+def is_in_parts(model: nn.Module) -> bool:
+    """Whether the weights themselves are split: stage 3."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+@contextmanager
+def whole(parameters: Iterable[nn.Parameter], *, written: bool = False) -> Iterator[None]:
+    """Within it every process has all of these parameters, where stage 3 splits them. A place where
+    all processes meet. written: what they hold at its end, on the first process, is what stays."""
+    split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if written else None):
+        yield
 
 
 class ZeroOptimizer:
@@ -72,14 +95,18 @@ class ZeroOptimizer:
 
     def __init__(self, zero: Any) -> None:
         self._zero = zero
-        flats, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
+        in_parts = hasattr(zero, "fp32_partitioned_groups_flat")
+        flats, joined, owners, find = _stage_3(zero) if in_parts else _stage_2(zero)
+        groups: list[list[nn.Parameter]] = [[] for _ in zero.param_groups]
+        for owner, parameters in zip(owners, joined, strict=True):
+            groups[owner].extend(parameters)
         self.param_groups = [
             _Group(group, parameters)
             for group, parameters in zip(zero.param_groups, groups, strict=True)
         ]
         self.state = {
-            parameter: _State(parameter, flat, zero.state[flat])
-            for flat, parameters in zip(flats, groups, strict=True)
+            parameter: _State(_shape(parameter), find(parameter), flat, zero.state[flat])
+            for flat, parameters in zip(flats, joined, strict=True)
             for parameter in parameters
         }
 
@@ -110,11 +137,56 @@ class _Group(UserDict[str, Any]):
         return self._parameters if key == "params" else self.data[key]
 
 
+class _Fragment(NamedTuple):
+    """What this process has of a parameter."""
+
+    inside: int  # where it begins in the flat tensor
+    outside: int  # where it begins in the parameter, flattened
+    length: int
+
+
+Joined = tuple[
+    Sequence[Tensor],  # the flat tensors
+    Sequence[Sequence[nn.Parameter]],  # what each was joined of
+    Sequence[int],  # which of the optimizer's groups each belongs to
+    Callable[[nn.Parameter], _Fragment | None],
+]
+
+
+def _stage_2(zero: Any) -> Joined:
+    def find(parameter: Any) -> _Fragment | None:
+        own = parameter._hp_mapping
+        if own is None:
+            return None
+        here, there = own.hp_fragment_address, own.lp_fragment_address
+        return _Fragment(here.start, there.start, here.numel)
+
+    flats = zero.single_partition_of_fp32_groups
+    return flats, zero.bit16_groups, range(len(flats)), find
+
+
+def _stage_3(zero: Any) -> Joined:
+    def find(parameter: Any) -> _Fragment:
+        _, inside, padded = zero.grad_position[zero.get_param_id(parameter)]
+        outside = min(padded * torch.distributed.get_rank(), parameter.ds_numel)
+        return _Fragment(inside, outside, min(padded, parameter.ds_numel - outside))
+
+    flats = zero.fp32_partitioned_groups_flat
+    owners = [zero.sub_group_to_group_id[number] for number in range(len(flats))]
+    return flats, zero.fp16_groups, owners, find
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 class _State:
     """The optimizer's state of one parameter, of which the flat one has all, a part or nothing."""
 
-    def __init__(self, parameter: nn.Parameter, flat: Tensor, state: dict[str, Any]) -> None:
-        self._parameter, self._flat, self._state = parameter, flat, state
+    def __init__(
+        self, shape: torch.Size, own: _Fragment | None, flat: Tensor, state: dict[str, Any]
+    ) -> None:
+        self._shape, self._own, self._flat, self._state = shape, own, flat, state
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Gathers tensor by tensor."""
@@ -123,7 +195,7 @@ class _State:
 
     def _gathered(self, flat: Tensor) -> Tensor:
         # DeepSpeed's own way, safe_get_full_optimizer_state, finds the first group's state alone.
-        whole = torch.zeros(self._parameter.shape, dtype=flat.dtype, device=flat.device)
+        whole = torch.zeros(self._shape, dtype=flat.dtype, device=flat.device)
         for inside, outside in self._parts(flat, whole):
             outside.copy_(inside)
         torch.distributed.all_reduce(whole)
@@ -140,10 +212,6 @@ class _State:
 
     def _parts(self, flat: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What this process has of the parameter, if anything, as views of both."""
-        own = self._parameter._hp_mapping  # type: ignore[attr-defined]
-        if own is not None:
-            here, there = own.hp_fragment_address, own.lp_fragment_address
-            yield (
-                flat.narrow(0, here.start, here.numel),
-                whole.view(-1).narrow(0, there.start, there.numel),
-            )
+        if self._own is not None:
+            inside, outside, length = self._own
+            yield flat.narrow(0, inside, length), whole.view(-1).narrow(0, outside, length)
