@@ -14,6 +14,22 @@ _WIDTH, _HEIGHT = 400, 200  # of a chart, in units of its text's pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 392, 26, 168  # of the area inside its axes
 _COLUMNS = 300  # of a curve; within one only the least and the largest value are drawn
 
+# fmt: off
+Look = Literal["main", "pale", "limit", "q1", "q2", "q3", "q4",
+               "q1 dashed", "q2 dashed", "q3 dashed", "q4 dashed"]
+# fmt: on
+MANY: tuple[Look, ...] = (
+    "q1",
+    "q2",
+    "q3",
+    "q4",
+    "q1 dashed",
+    "q2 dashed",
+    "q3 dashed",
+    "q4 dashed",
+)
+"""Of curves that are alike, in order."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -21,11 +37,13 @@ class Curve:
 
     name: str
     values: Sequence[float]
-    look: Literal["main", "pale", "limit", "q1", "q2", "q3", "q4"] = "main"
+    look: Look = "main"
     spread: Sequence[float] | None = None
     """So far above and below each value a stroke reaches."""
     intervals: Sequence[tuple[float, float]] | None = None
     """Or from where to where (not finite: no stroke)."""
+    x: Sequence[float] | None = None
+    """Where its values are, if not where its chart says."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,15 @@ class Bar:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Share:
+    """A part of a whole, and its number in words."""
+
+    name: str
+    number: float
+    text: str
+
+
 def charts(title: str, explanation: str, drawn: Sequence[Chart]) -> str:
     """Charts side by side; one without a finite value is left out."""
     cards = "".join(_chart(chart) for chart in drawn)
@@ -84,18 +111,31 @@ def shapes(title: str, explanation: str, bars: Sequence[Bar]) -> str:
     return f'{heading(title, explanation)}<div class="shapes">{rows}</div>' if rows else ""
 
 
+def shares(title: str, explanation: str, parts: Sequence[Share]) -> str:
+    """Parts of a whole as bars one below the other; nothing where there are none."""
+    whole = sum(part.number for part in parts)
+    rows = "".join(
+        f'<div><b>{escape(part.name)}</b><span class="track"><i style="width:'
+        f'{100 * part.number / whole:.1f}%"></i></span><span>{escape(part.text)}</span>'
+        f"<span>{100 * part.number / whole:.1f} %</span></div>"
+        for part in parts
+        if whole
+    )
+    return f'{heading(title, explanation)}<div class="shares">{rows}</div>' if rows else ""
+
+
 def _chart(chart: Chart) -> str:
     finite = [v for curve in chart.curves for v in _reached(curve) if math.isfinite(v)]
     if not finite:
         return ""
     y_ticks = _ticks(min([*finite, 0.0] if chart.from_zero else finite), max(finite))
-    x_span = _x_span(chart.x)
+    x_span = _x_span([at for curve in chart.curves for at in _across(chart, curve)])
     x_ticks = [tick for tick in _ticks(*x_span) if x_span[0] <= tick <= x_span[1]]
     y_span = (y_ticks[0], y_ticks[-1])
     paths = "".join(
-        f'<path class="{curve.look}" d="{_path(chart.x, curve.values, x_span, y_span)}'
-        f'{_strokes(chart.x, curve, x_span, y_span)}"/>'
-        for curve in chart.curves
+        f'<path class="{curve.look}" d="{_path(x, curve.values, x_span, y_span)}'
+        f'{_strokes(x, curve, x_span, y_span)}"/>'
+        for curve, x in ((curve, _across(chart, curve)) for curve in chart.curves)
     )
     rules = "".join(_y_rule(tick, y_span) for tick in y_ticks)
     marks = "".join(_x_mark(tick, x_span) for tick in x_ticks)
@@ -113,6 +153,10 @@ def _chart(chart: Chart) -> str:
         f'<text class="end" x="{_RIGHT}" y="{_HEIGHT - 3}">{escape(chart.x_label)}</text>'
         f'{paths}</svg><p class="key">{key}</p></article>'
     )
+
+
+def _across(chart: Chart, curve: Curve) -> Sequence[float]:
+    return chart.x if curve.x is None else curve.x
 
 
 def _histogram(histogram: Histogram) -> str:

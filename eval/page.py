@@ -1,6 +1,7 @@
-"""The HTML that every report stands in: its policy and its looks, light and dark, without a script.
+"""The HTML that every report stands in: its policy and its looks, light and dark.
 
-`{title}` and `{body}` are replaced, both already escaped.
+`{title}` and `{body}` are replaced, both already escaped, and `{policy}`: the one script that a
+page may run, if it has one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{policy}">
 <title>{title}</title>
 <style>
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5c636b; --line: #d9dde2;
@@ -41,6 +42,9 @@ th, td { text-align: right; padding: .45rem .8rem; border-bottom: 1px solid var(
   white-space: nowrap; vertical-align: top; }
 th:first-child { text-align: left; padding-left: 0; }
 th { font-weight: 600; }
+.wide > table:not([class]) th { white-space: normal; overflow-wrap: break-word; max-width: 13rem; }
+.wide > table:not([class]) th[scope="col"] { vertical-align: bottom; }
+.wide > table:not([class]) td small { white-space: normal; }
 .cards { display: grid; gap: .9rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
@@ -103,10 +107,63 @@ svg .limit { stroke-width: 1.2; stroke-dasharray: 5 4; }
 .q3 { color: #a668b5; }
 .q4 { color: #c56a4a; }
 .key { margin: .2rem 0 0; font-size: .8rem; }
-.key span { margin-right: 1rem; }
+.key span { display: inline-block; margin-right: 1rem; }
 .key span::before { content: ""; display: inline-block; width: 1.1em; margin-right: .4em;
   vertical-align: middle; border-top: 2px solid; }
 .key .limit::before { border-top-style: dashed; }
+.key .dashed::before { border-top-style: dashed; }
+svg .dashed { stroke-dasharray: 7 4; }
+.slide { position: sticky; top: 0; z-index: 2; display: flex; align-items: center; gap: .9rem;
+  padding: .6rem 0; background: var(--paper); }
+.slide[hidden], figure[hidden] { display: none; }
+.slide label { font-weight: 600; }
+.slide input { flex: 1 1 auto; min-width: 0; max-width: 34rem; height: 1.6rem; margin: 0;
+  accent-color: var(--accent); }
+.slide output { min-width: 7.5rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.sliding .film { grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+.sliding .film article { display: flex; flex-direction: column; }
+.sliding .film .row { margin-top: auto; grid-template-columns: 1fr 1fr; }
+.shares { display: grid; gap: .3rem 0; max-width: 44rem; font-variant-numeric: tabular-nums; }
+.shares > div { display: grid; align-items: center; gap: 0 .8rem;
+  grid-template-columns: minmax(6rem, 13rem) minmax(3rem, 1fr) 5.5rem 3.5rem; }
+.shares b { font-weight: 500; line-height: 1.3; }
+.shares span:not(.track) { text-align: right; }
+.shares i { min-width: 2px; }
+.use pre { margin: 0; padding: .6rem .8rem; font-size: .86rem; line-height: 1.45;
+  white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card);
+  border: 1px solid var(--line); border-radius: 6px; }
+.use h3 { margin: .9rem 0 .3rem; }
+.use p { margin: .35rem 0 0; font-size: .88rem; color: var(--soft); }
+.listed { font-size: .9rem; width: 100%; }
+.listed th, .listed td { padding: .4rem .5rem; }
+.listed :is(th, td):first-child { text-align: left; padding-left: 0; white-space: normal;
+  overflow-wrap: anywhere; min-width: 9rem; }
+.listed .text { text-align: left; }
+.listed .wrap { white-space: normal; overflow-wrap: anywhere; }
+.listed thead th { vertical-align: bottom; white-space: normal; font-size: .82rem;
+  line-height: 1.25; }
+.listed button { font: inherit; color: inherit; background: none; border: 0; padding: 0;
+  cursor: pointer; text-align: inherit; }
+.listed [aria-sort] button { color: var(--accent); }
+.listed [aria-sort="ascending"] button { text-decoration: overline; }
+.listed [aria-sort="descending"] button { text-decoration: underline; }
+.listed .best { color: var(--accent); }
+@media (max-width: 46rem) {
+  .shares { gap: .7rem 0; }
+  .shares > div { grid-template-columns: minmax(3rem, 1fr) 5rem 3.5rem; }
+  .shares b { grid-column: 1 / -1; }
+  .stacked, .stacked :is(thead, tbody) { display: block; min-width: 0; }
+  .stacked thead tr { display: flex; flex-wrap: wrap; gap: .4rem; padding-bottom: .4rem; }
+  .stacked thead th { padding: .15rem .6rem; border: 1px solid var(--line); min-width: 0;
+    border-radius: 999px; }
+  .stacked thead th:first-child { padding-left: .6rem; min-width: 0; }
+  .stacked tbody tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr));
+    gap: .5rem .8rem; padding: .8rem 0; border-bottom: 1px solid var(--line); }
+  .stacked td, .stacked td:last-child { border: 0; padding: 0; text-align: left; }
+  .stacked td:first-child { grid-column: 1 / -1; font-weight: 600; }
+  .stacked td:empty { display: none; }
+  .stacked td:not(:first-child)::before { content: attr(data-label); display: block;
+    color: var(--soft); font-size: .76rem; font-weight: 400; } }
 summary { cursor: pointer; color: var(--soft); }
 pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; padding: .8rem; font-size: .82rem; line-height: 1.45; }

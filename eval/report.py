@@ -1,4 +1,5 @@
-"""Reports as one HTML file each: no script, no network, readable on a phone, light and dark.
+"""Reports as one HTML file each: no network, readable on a phone, light and dark, complete without
+a script.
 
 The evaluation's (eval/presentation.py), the run's (train/report.py) and the dataset's
 (eval/dataset_report.py) are built from the same pieces. A piece is a string of HTML in which all
@@ -8,6 +9,7 @@ text is escaped.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,11 +78,19 @@ class Table:
     rows: Sequence[tuple[str, Sequence[tuple[str, str]]]]
 
 
-def write_page(path: Path, *, title: str, pieces: Sequence[str]) -> None:
-    """Write title and pieces to `path`, whole or not at all."""
+def write_page(path: Path, *, title: str, pieces: Sequence[str], script: str = "") -> None:
+    """Write title and pieces to `path`, whole or not at all.
+
+    script: the only one that the page may run, by its hash; the page must be complete without it.
+    """
     body = f"<h1>{escape(title)}</h1>{''.join(pieces)}"
+    policy = ""
+    if script:
+        body += f"<script>{script}</script>"
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy = f"; script-src 'sha256-{digest}'"
     before, after = PAGE.split("{body}")
-    page = before.replace("{title}", escape(title)) + body + after
+    page = before.replace("{policy}", policy).replace("{title}", escape(title)) + body + after
     write_atomically(path, page.encode("utf-8"))
 
 

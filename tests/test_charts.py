@@ -1,7 +1,7 @@
 import math
 import re
 
-from eval.charts import Chart, Curve, charts
+from eval.charts import MANY, Chart, Curve, Share, charts, shares
 from eval.score_curves import over_scales
 
 
@@ -58,3 +58,21 @@ def test_scales_are_drawn_in_order_and_a_missing_score_is_a_gap():
     assert "odd one" in html and html.count("<svg") == 2
     path = re.findall(r'<path class="main" d="([^"]+)"', html)[0]
     assert [m.split()[0] for m in re.findall(r"M([^h]+)h0", path)] == ["50", "392"]
+
+
+def test_curves_over_places_of_their_own_share_the_axes():
+    curves = [
+        Curve("short", [1.0, 2.0], MANY[0], x=[0.0, 10.0]),
+        Curve("long", [1.0, 1.5, 3.0], MANY[4], x=[0.0, 10.0, 20.0]),
+    ]
+    html = charts("C", "", [Chart("c", "y", "x", [], curves, from_zero=False)])
+    paths = dict(re.findall(r'<path class="(q1(?: dashed)?)" d="M([^"]+?)h0', html))
+    ends = {look: [float(at.split()[0]) for at in path.split("L")] for look, path in paths.items()}
+    assert ends == {"q1": [50, 221], "q1 dashed": [50, 221, 392]}
+    assert html.index(">short<") < html.index(">long<")
+
+
+def test_parts_of_a_whole_say_their_share():
+    html = shares("Time", "", [Share("a & b", 30.0, "30 s"), Share("c", 10.0, "10 s")])
+    assert "a &amp; b" in html and "width:75.0%" in html and ">25.0 %<" in html
+    assert shares("Time", "", []) == "" == shares("Time", "", [Share("a", 0.0, "0 s")])

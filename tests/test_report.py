@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import io
 import re
 from html.parser import HTMLParser
@@ -121,3 +122,18 @@ def test_grids_keep_columns_aligned_and_escape_their_text():
 
 def test_a_heading_needs_no_sentence():
     assert heading("A & B") == "<h2>A &amp; B</h2>"
+
+
+def test_a_page_without_a_script_may_run_none(tmp_path):
+    write_page(tmp_path / "page.html", title="t", pieces=["{policy} {title}"])
+    text = (tmp_path / "page.html").read_text()
+    assert "script" not in text and "style-src 'unsafe-inline'\">" in text
+    assert "{policy} {title}" in text
+
+
+def test_a_page_may_run_its_own_script_and_no_other(tmp_path):
+    write_page(tmp_path / "page.html", title="t", pieces=[], script="let a = 1;")
+    text = (tmp_path / "page.html").read_text()
+    digest = base64.b64encode(hashlib.sha256(b"let a = 1;").digest()).decode()
+    assert f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'\">" in text
+    assert text.count("<script>let a = 1;</script>") == 1

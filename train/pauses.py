@@ -20,8 +20,9 @@ from train.meter import Meter
 from train.method import Method
 from train.previews import Previews
 from train.stopping import Agreement, Interrupted
+from train.timings import Timings
 from train.tracking import Trackers
-from train.validation import HeldOut, Validation
+from train.validation import HeldOut, Measured, Validation
 
 
 class Pause:
@@ -57,7 +58,8 @@ class Pause:
         self.config, self.accelerator = config, accelerator
         self.start = self.saved = start
         """The step of the last checkpoint."""
-        output = config.output
+        output, main = config.output, accelerator.is_main_process
+        self.timings = Timings(output, start=start, main=main)
         where: dict[str, Any] = {"start": start, "kept": checkpoints.steps()}
         self.previews = Previews(output / "previews", config.preview, accelerator, start=start)
         self.validation = Validation(
@@ -83,11 +85,12 @@ class Pause:
         self._mark_best()
         try:
             if self.start == 0:
-                with sharding.gathered(self.method, self.accelerator):
+                with self.timings.of("previews"), sharding.gathered(self.method, self.accelerator):
                     self.previews.base(self.method)
                 self.agreement.check()
             # Also where a run ended between a checkpoint and what follows it.
             self._look(self.start)
+            self.timings.write()
         except Interrupted as interrupted:
             self._end(self.start, interrupted)
 
@@ -101,6 +104,8 @@ class Pause:
     def after(self, done: int) -> None:
         """After `done` optimizer steps. Raises Interrupted, on every process alike and with a
         checkpoint saved, where one of them was asked to end."""
+        if self.is_due(done):
+            self.trackers.norms(done, self.method.model)
         if self._due(done, self.config.checkpoint.every):
             self._save(done)
         try:
@@ -108,6 +113,8 @@ class Pause:
             self._look(done)
         except Interrupted as interrupted:
             self._end(done, interrupted)
+        if self.is_due(done):
+            self.timings.write()
 
     def settle(self) -> None:
         """Leaves in the model the weights that are to be used, once all that was saved is on the
@@ -157,9 +164,7 @@ class Pause:
             return
         with self.averages.applied():
             examined = self._draw(done, show, examine) if show or examine else None
-            measured = (
-                self.validation.run(self.model, done, self.agreement.check) if measure else None
-            )
+            measured = self._measure(done) if measure else None
         self._keep(self.validation, measured)
         self._keep(self.examination, examined)
 
@@ -167,9 +172,17 @@ class Pause:
         """What takes pictures."""
         with sharding.gathered(self.method, self.accelerator):
             if show:
-                self.previews.render(self.method, done)
+                with self.timings.of("previews"):
+                    made = self.previews.render(self.method, done)
+                if made:
+                    self.trackers.previews(done, self.previews)
                 self.agreement.check()
-            return self.examination.run(self.method, done) if examine else None
+            with self.timings.of("evaluation"):
+                return self.examination.run(self.method, done) if examine else None
+
+    def _measure(self, done: int) -> Measured:
+        with self.timings.of("validation"):
+            return self.validation.run(self.model, done, self.agreement.check)
 
     def _keep(self, course: Course[P], found: P | None) -> None:
         """What was found, and the checkpoint if it is the best.
@@ -196,15 +209,16 @@ class Pause:
     def _save(self, done: int) -> None:
         if done == self.saved:
             return
-        self.checkpoints.save(
-            done,
-            self.method.model,
-            self.optimizer,
-            self.averages.state(),
-            meter=self.meter.state(),
-            guard=self.guard.state(),
-            **scaler_state(self.accelerator),
-        )
+        with self.timings.of("checkpoints"):
+            self.checkpoints.save(
+                done,
+                self.method.model,
+                self.optimizer,
+                self.averages.state(),
+                meter=self.meter.state(),
+                guard=self.guard.state(),
+                **scaler_state(self.accelerator),
+            )
         self.saved = done
 
     def _due(self, done: int, every: int) -> bool:

@@ -118,14 +118,14 @@ def _claimed(descriptor: int, path: Path) -> Holder | None:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        holder = _holder(descriptor)
+        holder = holder_of(descriptor)
         if error.errno in _HELD:
             raise UserError(
                 f"output={path.parent} is in use by another run ({holder or 'still starting'}). "
                 "Wait for its end, or choose another output="
             ) from None
         _judge(holder, descriptor, path)
-    return _holder(descriptor)
+    return holder_of(descriptor)
 
 
 def _judge(holder: Holder | None, descriptor: int, path: Path) -> None:
@@ -155,7 +155,7 @@ def _sign(descriptor: int) -> None:
     os.pwrite(descriptor, (json.dumps(mine._asdict()) + "\n").encode(), 0)
 
 
-def _holder(descriptor: int) -> Holder | None:
+def holder_of(descriptor: int) -> Holder | None:
     """What the file says; None for what says nothing."""
     try:
         said = json.loads(os.pread(descriptor, _MOST, 0))

@@ -27,30 +27,34 @@ class Run:
     manifest: dict[str, Any]
     dataset: dict[str, Any]
     lines: list[dict[str, Any]]
+    """Of metrics.jsonl, those of training."""
+    asides: list[dict[str, Any]]
+    """The others: what validations and evaluations found."""
     validations: list[Measured]
     examinations: list[Examined]
     unexamined: dict[int, str]
     """Why the steps that have no scores have none."""
 
     @classmethod
-    def read(cls, folder: Path, dataset: Mapping[str, Any]) -> Run:
+    def read(cls, folder: Path, dataset: Mapping[str, Any], *, courses: bool = True) -> Run:
+        """courses: whether validations and examinations are read, which takes longer."""
         file = folder / "config.yaml"
         config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         manifest = read_json(folder / "manifest.json")
+        known = manifest.pop("dataset", {})
+        lines = [line for line in read_metrics(folder / "metrics.jsonl") if "step" in line]
+        scored = folder / "eval" / "steps"
         return cls(
             folder,
             config,
             _yaml(config),
-            {name: value for name, value in manifest.items() if name != "dataset"},
-            {**manifest.get("dataset", {}), **dataset},
-            [
-                line
-                for line in read_metrics(folder / "metrics.jsonl")
-                if {"step", "loss"} <= line.keys()
-            ],
-            overfitting.read(folder / "validation"),
-            examination.read(folder / "eval" / "steps"),
-            examination.failures(folder / "eval" / "steps"),
+            manifest,
+            {**(known if isinstance(known, dict) else {}), **dataset},
+            [line for line in lines if "loss" in line],
+            [line for line in lines if "loss" not in line],
+            overfitting.read(folder / "validation") if courses else [],
+            examination.read(scored) if courses else [],
+            examination.failures(scored) if courses else {},
         )
 
     def setting(self, key: str) -> Any:
@@ -88,14 +92,14 @@ class Run:
 
 def _yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError, ValueError):
         return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

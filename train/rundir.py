@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ PACKAGES = (
     "numpy",
     "Pillow",
 )
+
+FAILED = "failed.json"
+"""What a run ended with that could not go on."""
 
 
 def check(config: RunConfig, *, result: str) -> bool:
@@ -120,13 +124,22 @@ def create(config: RunConfig, manifest: dict[str, Any], *, changes: Sequence[str
     changes: what differs now, if anything. That it was agreed to holds for this once.
     """
     config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / stopping.FILE).unlink(missing_ok=True)
+    for ended in (stopping.FILE, FAILED):
+        (config.output / ended).unlink(missing_ok=True)
     once = config.checkpoint.model_copy(update={"accept_changes": False})
     # First: a run killed here then has what it agreed to put down twice, not never.
     history = {"changes": _history(config.output, changes)}
     text = json.dumps({**environment(), **manifest, **history}, indent=2)
     _write(config.output / "manifest.json", text + "\n")
     _write(config.output / "config.yaml", dump(config.model_copy(update={"checkpoint": once})))
+
+
+def fail(output: Path, error: BaseException) -> None:
+    """Puts down in failed.json what a run has ended with, until it goes on."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    content = {"error": lines[0], "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    with suppress(OSError):
+        _write(output / FAILED, json.dumps(content) + "\n")
 
 
 def _history(output: Path, changes: Sequence[str]) -> list[dict[str, Any]]:
