@@ -331,7 +331,10 @@ import os, signal, sys
 from pathlib import Path
 from train import dashboards
 dashboards.FINISH_SECONDS = 0.5
-board = dashboards.Dashboard("wandb", Path({str(tmp_path)!r}), {{}}, project="p")
+from train.config import TrackingConfig
+from train.tracking import introduction
+hello = introduction(Path({str(tmp_path)!r}), {{}}, TrackingConfig(project="p"))
+board = dashboards.Dashboard("wandb", hello)
 board.log({{"step": 1}})
 print(board._process.pid, flush=True)
 if not os.fork():  # a worker of the loader, that holds on to the pipe

@@ -4,8 +4,8 @@ reach a run: a start that never returns, an exit hook that waits for the network
     python train/dashboard_process.py NAME
 
 It reads JSON lines: first what to start with, then what is logged, last how the run ended; and
-writes JSON lines: what is to be printed, and last that it is done. It knows nothing else of this
-project, and is gone a bounded time after the run is.
+writes JSON lines: what is to be printed, and last that it is done. It knows nothing of this project
+but the dashboards (train/boards.py), and is gone a bounded time after the run is.
 """
 
 from __future__ import annotations
@@ -13,127 +13,52 @@ from __future__ import annotations
 import json
 import os
 import queue
-import shlex
 import signal
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
-Line = dict[str, Any]
-Say = Callable[[str, str], None]
-"""Has the run print a message of a kind: "note" or "warning"."""
+# Run by its path, and perhaps of a tree that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from train.boards import Dashboard, Hello, Line, Say, brief  # noqa: E402
 
 HELD_LINES = 10_000  # that the dashboard has not taken yet
 _WATCH_SECONDS = 0.2
 
 
-class Dashboard(Protocol):
-    """What is shown where. Whatever it raises is one warning, and the end of the dashboard only."""
-
-    def __init__(self, output: Path, settings: Line, project: str, say: Say) -> None: ...
-
-    def log(self, line: Line) -> None: ...
-
-    def finish(self, code: int) -> None:
-        """code: 0 for a run that has come to its end."""
-
-    def kept(self) -> str:
-        """Where what could not be sent is, as the end of a sentence; empty where nowhere."""
+_EXTRAS = ("previews", "norms", "scores", "artifact")
 
 
-class Wandb:
-    """A wandb run that is resumed with the run directory.
+def board_of(name: str) -> Any:
+    """The class of a dashboard, by the name in tracking.trackers."""
+    if name == "wandb":
+        from train.board_wandb import Wandb
 
-    The axis of its charts is our `step`, not wandb's own, which refuses to go back: after a resume
-    the lines since the checkpoint come twice, one point on the other. Where the server cannot be
-    reached it goes on offline.
-    """
+        return Wandb
+    if name == "tensorboard":
+        from train.board_tensorboard import TensorBoard
 
-    INIT_SECONDS = 60
+        return TensorBoard
+    from train.board_trackio import Trackio
 
-    def __init__(self, output: Path, settings: Line, project: str, say: Say) -> None:
-        import wandb
-
-        self._say, self._why = say, ""
-        self._run: Any = None
-        common: Line = {
-            "project": project,
-            "name": output.name,
-            "id": lasting_id(output / "wandb_id.txt"),
-            "resume": "allow",
-            "dir": str(output),
-            "config": settings,
-        }
-        quiet = wandb.Settings(
-            console="off",
-            silent=True,
-            disable_code=True,
-            disable_git=True,
-            init_timeout=self.INIT_SECONDS,
-            x_stats_pid=os.getppid(),
-        )
-        try:
-            self._run = wandb.init(**common, settings=quiet)
-        except Exception as error:
-            self._why = brief(error)
-            say("warning", f"wandb goes on offline ({self._why})")
-            with suppress(Exception, SystemExit):
-                wandb.teardown()  # what has tried it holds on to the id
-            self._run = wandb.init(**common, settings=quiet, mode="offline")
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-        if self._run.url and not self._why:
-            say("note", f"wandb: {self._run.url}")
-
-    def log(self, line: Line) -> None:
-        self._run.log({name: value for name, value in line.items() if value is not None})
-
-    def finish(self, code: int) -> None:
-        self._run.finish(exit_code=code)
-        if self._run.offline:
-            self._say("note", f"wandb was offline{self.kept()}")
-
-    def kept(self) -> str:
-        if self._run is None:
-            return ""
-        folder = shlex.quote(str(Path(self._run.dir).parent))
-        return f"; `wandb sync {folder}` sends what is there"
-
-
-BOARDS: dict[str, type[Dashboard]] = {"wandb": Wandb}
-
-
-def lasting_id(path: Path) -> str:
-    """The same for every run of a directory."""
-    known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-    if not known:
-        known = uuid.uuid4().hex[:8]
-        temporary = path.with_suffix(".writing")
-        temporary.write_text(known, encoding="utf-8")
-        temporary.replace(path)
-    return known
-
-
-def brief(error: BaseException) -> str:
-    """Its first line: some have a page."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return Trackio
 
 
 class Server:
     """Passes on lines to a dashboard, and ends this process where that takes too long once the run
     has ended or is gone.
 
-    name, hello: which dashboard, and what to start it with. seconds: how long is too long.
+    name, hello: which dashboard, and what to start it with (`Hello`).
     """
 
     def __init__(self, name: str, hello: Line, say: Say) -> None:
         self._name, self._hello, self._say = name, hello, say
         self._board: Dashboard | None = None
+        self._failed: set[str] = set()
         self._lines: queue.Queue[Line] = queue.Queue(HELD_LINES)
         self._run, self._ended = os.getppid(), threading.Event()
 
@@ -142,14 +67,24 @@ class Server:
         for work in (lambda: self._read(source), self._watch):
             threading.Thread(target=work, daemon=True).start()
         try:
-            output = Path(self._hello["output"])
-            board = BOARDS[self._name]
-            self._board = board(output, self._hello["settings"], self._hello["project"], self._say)
+            self._board = board_of(self._name)(Hello.of(self._hello), self._say)
             while "end" not in (line := self._lines.get()):
-                self._board.log(line)
+                self._pass_on(self._board, line)
             self._board.finish(line["end"])
         except (Exception, SystemExit) as error:
             self._warn(f"{self._name} is off for this run ({brief(error)})")
+
+    def _pass_on(self, board: Dashboard, line: Line) -> None:
+        """A line of metrics, or one of what is shown beside them and may fail by itself."""
+        shows = line.pop("shows", None)
+        if shows is None:
+            board.log(line)
+        elif shows in _EXTRAS and shows not in self._failed:
+            try:
+                getattr(board, shows)(**line)
+            except Exception as error:
+                self._failed.add(shows)
+                self._say("warning", f"{self._name} goes on without {shows} ({brief(error)})")
 
     def _read(self, source: BinaryIO) -> None:
         for text in source:

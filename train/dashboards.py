@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,13 @@ _GRACE_SECONDS = 2.0
 class Dashboard:
     """One dashboard. Nothing here raises, and nothing waits but `finish`, a bounded time."""
 
-    def __init__(self, name: str, output: Path, settings: dict[str, Any], *, project: str) -> None:
+    def __init__(self, name: str, hello: Mapping[str, Any]) -> None:
+        """hello: what it is told of the run, as train/boards.py's `Hello`, but for `seconds`."""
         self._name = name
         self._waiting: deque[bytes] = deque()
         self._heard = b""
         self._left_out, self._done = 0, False
         self._process = self._start()
-        hello = {"output": str(output.absolute()), "settings": settings, "project": project}
         self._hand_over({**hello, "seconds": FINISH_SECONDS})
 
     def _start(self) -> subprocess.Popen[bytes] | None:
@@ -69,6 +70,11 @@ class Dashboard:
         else:
             self._left_out += 1
         self._listen()
+
+    def show(self, what: str, **content: Any) -> None:
+        """What stands beside the metrics; what, content: a method of train/boards.py's `Dashboard`
+        and its arguments, small and of JSON: pictures and files by their paths."""
+        self.log({"shows": what, **content})
 
     def finish(self, *, failed: bool = False) -> None:
         """Waits until everything is sent, for so long as is said above. A run that failed or was

@@ -4,7 +4,7 @@ train/method.py."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from typing import Any, Protocol
 
@@ -54,10 +54,12 @@ def fit(
     config: LoopConfig,
     accelerator: Accelerator,
     judge: Judge | None = None,
+    publish: Callable[[], None] = lambda: None,
 ) -> None:
     """Trains to `config.train.steps` optimizer steps, resuming from the run's newest checkpoint.
 
-    judge: what scores pictures every `config.evaluation.every` steps, if anything.
+    judge: what scores pictures every `config.evaluation.every` steps, if anything. publish: makes
+    of the trained weights what the user takes away, while dashboards can still be given it.
     Whatever a step needs beyond weights and optimizer is a function of the step, so a resumed run
     repeats an uninterrupted one bit for bit. Raises Interrupted, with a checkpoint saved, where one
     of its processes was asked to end.
@@ -145,6 +147,8 @@ def fit(
                 pause.after(done)
         meter.close()
         pause.settle()
+        publish()
+        trackers.deliver(config.output, settings)
 
 
 def restore(

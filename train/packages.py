@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 
 from train.config import UserError
 
@@ -21,6 +22,16 @@ def require_optimizer(name: str) -> None:
         raise UserError(
             f"optim.name={name} needs {module}: pip install {installs}, or use optim.name=adamw"
         )
+
+
+def require_trackers(names: Iterable[str]) -> None:
+    """Raises UserError where the package of one of tracking.trackers is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"tracking.trackers: {name} is not installed: pip install 'sd-atelier[{name}]', or "
+                "leave it out; metrics.jsonl is written in any case"
+            )
 
 
 def require_quantiser(how: str) -> None:

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from data.images import open_image
 from data.maps import open_depth, open_mask
-from train import resting, stopping
+from train import resting, screens, stopping
 from train.config import PreviewConfig
-from train.course import forget
+from train.course import forget, named
 from train.families import Family, family_of
 from train.guards import is_out_of_memory
 from train.method import Method
@@ -46,23 +46,40 @@ class Previews:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._write(method, "base", stopping.check)
 
-    def render(self, method: Method, step: int, check: Callable[[], None] = stopping.check) -> None:
+    def render(self, method: Method, step: int, check: Callable[[], None] = stopping.check) -> bool:
         """The pictures after `step` steps, and grid.png: base above, trained below. Where `check`
-        raises Interrupted, before any of them, there are none."""
-        self._write(method, f"step-{step:08d}", check)
+        raises Interrupted, before any of them, there are none. Returns whether this process has
+        made them now."""
+        return self._write(method, named(step), check)
+
+    def shown(self, step: int) -> list[dict[str, Any]]:
+        """What is there to be seen of a step, on the main process: each prompt with its seed and
+        the paths of its picture and, if there is one, the base's."""
+        prompts = self._config.prompts if self._active else []
+        found = []
+        for k, prompt in enumerate(prompts):
+            picture, base = (self._path(n) / f"{k:02d}.png" for n in (named(step), "base"))
+            if picture.exists():
+                beside = str(base.absolute()) if base.exists() else None
+                where = {"picture": str(picture.absolute()), "base": beside}
+                found.append({"prompt": prompt, "seed": self._config.seed + k, **where})
+        return found
 
     def _path(self, name: str) -> Path:
         return self._folder / name
 
-    def _write(self, method: Method, name: str, check: Callable[[], None]) -> None:
+    def _write(self, method: Method, name: str, check: Callable[[], None]) -> bool:
+        made = False
         if not self._active:
-            return
+            return made
         # Only the main process may look: the others would see what it has just written.
         if self._accelerator.is_main_process and not self._path(name).exists():
             # Whoever was asked to end goes on to where all processes find that out.
             with suppress(stopping.Interrupted), _costing_no_run(name):
                 self._save(self._generate(method, check), name)
+                made = True
         self._accelerator.wait_for_everyone()
+        return made
 
     def _save(self, pictures: list[Image.Image], name: str) -> None:
         temporary = self._path(f".writing-{name}")
@@ -87,7 +104,8 @@ class Previews:
         device = self._accelerator.device
         with resting.awake(pipeline, device), at_rest(method.model), self._accelerator.autocast():
             pictures = []
-            for k in range(len(self._config.prompts)):
+            count = len(self._config.prompts)
+            for k in screens.track(range(count), "previews", total=count, unit="pictures"):
                 check()
                 pictures.append(self._picture(pipeline, k))
             return pictures

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from train.config import RunFailed, TrackingConfig
 from train.dashboards import Dashboard, warn
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from train.previews import Previews
+
 _HELD_LINES = 100_000  # that a full disk does not take
+_METHODS = ("dreambooth", "textual_inversion", "full", "lora")  # of which some have a LoRA too
 
 
 class Tracker(Protocol):
@@ -101,12 +108,37 @@ class Trackers:
     As a context it finishes them, as those of a run that failed where it is left by an error.
     """
 
-    def __init__(self, trackers: list[Tracker]) -> None:
-        self._trackers = trackers
+    def __init__(self, trackers: list[Tracker], *, artifacts: bool = False) -> None:
+        """artifacts: whether dashboards are given what the run has made."""
+        self._trackers, self._artifacts = trackers, artifacts
+
+    @property
+    def _dashboards(self) -> list[Dashboard]:
+        return [tracker for tracker in self._trackers if isinstance(tracker, Dashboard)]
 
     def log(self, metrics: dict[str, Any]) -> None:
         for tracker in self._trackers:
             tracker.log(metrics)
+
+    def previews(self, step: int, previews: Previews) -> None:
+        """Those of a step, beside the base's."""
+        for board in self._dashboards:
+            board.show("previews", step=step, pictures=previews.shown(step))
+
+    def norms(self, step: int, model: nn.Module) -> None:
+        """How long what trains is, by block."""
+        if self._dashboards:
+            from train import norms
+
+            found = norms.of(model)
+            for board in self._dashboards:
+                board.show("norms", step=step, blocks=found)
+
+    def deliver(self, output: Path, settings: Mapping[str, Any]) -> None:
+        """What a run that is through has made."""
+        for board in self._dashboards if self._artifacts else []:
+            for name, kind, paths in made_by(output, settings):
+                board.show("artifact", name=name, kind=kind, paths=paths)
 
     def finish(self, *, failed: bool = False) -> None:
         for tracker in self._trackers:
@@ -131,10 +163,105 @@ def open_trackers(
     if not main:
         return Trackers([])
     trackers: list[Tracker] = [MetricsFile(output / "metrics.jsonl", start=start)]
-    trackers += [
-        Dashboard(name, output, settings, project=config.project) for name in config.trackers
-    ]
-    return Trackers(trackers)
+    hello = introduction(output, settings, config, start=start)
+    trackers += [Dashboard(name, hello) for name in shown_on(config)]
+    return Trackers(trackers, artifacts=config.artifacts)
+
+
+def shown_on(config: TrackingConfig) -> list[str]:
+    """The dashboards that are wanted, each once."""
+    return [] if config.mode == "disabled" else list(dict.fromkeys(config.trackers))
+
+
+def introduction(
+    output: Path, settings: Mapping[str, Any], config: TrackingConfig, *, start: int | None = None
+) -> dict[str, Any]:
+    """What dashboards are told of a run first (train/boards.py, `Hello`). start: the step that it
+    goes on from; None where its training is over."""
+    method = next((name for name in _METHODS if settings.get(name) is not None), None)
+    return {
+        "output": str(output.absolute()),
+        "settings": dict(settings),
+        "project": config.project,
+        "name": config.name or output.absolute().name,
+        "entity": config.entity,
+        "group": config.group,
+        "tags": config.tags,
+        "job": method,
+        "offline": config.mode == "offline",
+        "start": start,
+    }
+
+
+def add_scores(
+    output: Path, settings: Mapping[str, Any], config: TrackingConfig, metrics: Mapping[str, Any]
+) -> None:
+    """Shows an evaluation with the run that it is of, on the run's dashboards; costs a bounded time
+    and never an error. metrics: as eval/metrics.json has them."""
+    hello = introduction(output, settings, config)
+    boards = [Dashboard(name, hello) for name in shown_on(config)]
+    report = output / "eval" / "report.html"
+    for board in boards:
+        board.show("scores", rows=list(score_rows(metrics)))
+        if config.artifacts and report.is_file():
+            board.show("artifact", name="evaluation", kind="report", paths=[str(report.absolute())])
+    for board in boards:
+        board.finish()
+
+
+def score_rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each score: the fine-tuned model's `value` from `low` to `high`, the base's, and
+    the change from that."""
+    for name, score in metrics.get("scores", {}).items():
+        value = score["values"].get("finetuned")
+        if value is None:
+            continue
+        change = score.get("change") or {}
+        yield {
+            "metric": name,
+            "better": score.get("better"),
+            "base": (score["values"].get(score.get("against", "base")) or {}).get("value"),
+            **{key: value.get(key) for key in ("value", "low", "high")},
+            "change": change.get("value"),
+            "change_low": change.get("low"),
+            "change_high": change.get("high"),
+            "verdict": _verdict(score.get("better"), change),
+        }
+
+
+def _verdict(better: str | None, change: Mapping[str, Any]) -> str | None:
+    """As eval/scores.py judges a change."""
+    if better is None or not change:
+        return None
+    unsure = (change.get("p") or 0) > 0.05
+    side = 0 if unsure else int(change["low"] > 0) - int(change["high"] < 0)
+    return {0: "unclear", 1: "better", -1: "worse"}[side if better == "more" else -side]
+
+
+def made_by(output: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
+    """Name, kind and paths of what is to be kept of a run that is through: the account of its
+    pictures, its result and its report."""
+    data = settings.get("data") or {}
+    sources = [source.get("path") for source in data.get("sources") or ()] or [data.get("path")]
+    named = {
+        ("dataset", "dataset"): [output / "manifest.json", *_reports_of(filter(None, sources))],
+        **{(name, "model"): [output / name] for name in ("adapter", "full")},
+        ("report", "report"): [output / "report.html"],
+    }
+    for (name, kind), paths in named.items():
+        there = [str(path.absolute()) for path in paths if path.exists()]
+        if there:
+            yield name, kind, there
+
+
+def _reports_of(sources: Iterable[str]) -> list[Path]:
+    """Those that scripts/prepare.py wrote beside or into folders of pictures, of one if there are
+    several: files of an artifact have names of their own."""
+    for source in map(Path, sources):
+        for folder in (source, source.parent):
+            if (folder / "report.json").is_file() and (folder / "pictures.jsonl").is_file():
+                return [folder / "report.json", folder / "report.html"]
+    return []
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
