@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from train import screens
 
 Progress = Callable[[int, int], None]
 
@@ -18,12 +20,13 @@ def silent(done: int, total: int) -> None:
 
 def progress(what: str, shown: bool = True) -> Progress:
     """A bar on stderr, where the work takes long enough."""
-    from tqdm import tqdm
-
-    # A delay keeps the bar out of what is done at once, an error message above all.
-    bar = tqdm(desc=what, unit="", disable=not shown, leave=False, delay=1.0)
+    bar: Any = None
 
     def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            # A delay keeps the bar out of what is done at once, an error message above all.
+            bar = screens.bar(total, what, shown=shown, delay=1.0)
         bar.total = total
         bar.update(done - bar.n)
         if done >= total:

@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from train import screens
 from train.config import Section, UserError, command, load
 
 
@@ -82,7 +83,8 @@ def main(arguments: list[str]) -> None:
         return
     from eval.comparison_report import Comparisons, console, write
 
-    tests = comparing.compare(sides)
+    with screens.working("comparing"):
+        tests = comparing.compare(sides)
     found = Comparisons(
         sides,
         tests,
@@ -94,6 +96,7 @@ def main(arguments: list[str]) -> None:
     with _writing(f"output={folder}"):
         page = write(found, folder)
     print(f"{console(found)}\n\n{page}")
+    screens.done(page)
 
 
 def _write_page(config: CompareConfig, file: Path, sides: list[Any]) -> None:

@@ -22,6 +22,7 @@ from data.files import forget_unfinished, write_atomically
 from eval import inputs
 from eval.figures import settled
 from eval.outputs import writing_to
+from train import screens
 from train.config import EvaluationConfig, RunConfig, command, fields
 
 if TYPE_CHECKING:
@@ -50,9 +51,11 @@ def main(arguments: list[str]) -> None:
         metrics = evaluate(config, run, result, given)
         if metrics:
             from train.report import write as write_run_report
+            from train.tracking import add_scores
 
             write(metrics, run / "eval", given)
             write_run_report(run)
+            add_scores(run, config.model_dump(mode="json"), config.tracking, metrics)
             _print_summary(metrics, run / "eval" / "report.html")
 
 
@@ -69,7 +72,8 @@ def evaluate(config: RunConfig, run: Path, result: Path, given: Given) -> dict[s
     one_thread(state.device)
     share: dict[str, Any] = {"rank": state.process_index, "world": state.num_processes}
     plan = inputs.plan(config, given)
-    base = _load_base(config, state.device)
+    with screens.working(f"loading {config.model.path}"):
+        base = _load_base(config, state.device)
     if state.is_main_process:
         # It must never stand beside pictures that it is not of.
         (run / "eval" / "metrics.json").unlink(missing_ok=True)
@@ -88,7 +92,9 @@ def evaluate(config: RunConfig, run: Path, result: Path, given: Given) -> dict[s
     )
     metrics: dict[str, Any] | None = None
     if state.is_main_process:
-        metrics = measure(Evidence(plan, made, given, embedded, extractors), seed=settings.seed)
+        with screens.working("intervals and tests"):
+            evidence = Evidence(plan, made, given, embedded, extractors)
+            metrics = measure(evidence, seed=settings.seed)
         metrics["title"] = run.absolute().name
         metrics["curves"]["checkpoints"] = of_checkpoints(run / "eval/steps")
         metrics["settings"] = _settings(config, finetuned, result, given)
@@ -178,6 +184,7 @@ def _print_summary(metrics: dict[str, Any], report: Path) -> None:
     if by_class:
         print(f"change: from the base with the class's words for {', '.join(by_class)}")
     print(f"\n{report}")
+    screens.done(report, keep=metrics["keep"], verdict=metrics["verdict"])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from data.examine import in_order, reason
 from data.images import open_image
 from eval import model_folder
 from eval.resizing import Mode
+from train import screens
 from train.config import UserError
 
 if TYPE_CHECKING:
@@ -169,6 +170,9 @@ def _embed(
     """Rows (d,) of the pictures of these hashes, put into the cache as they come."""
     from eval.feature_cache import compact, sign
 
+    bar = screens.bar(
+        len(wanted), "features", unit="pictures", shown=screens.is_first() and len(wanted) > 0
+    )
     for start in range(0, len(wanted), AT_ONCE):
         some = wanted[start : start + AT_ONCE]
         batch = list(in_order(lambda sha256: pictures[places[sha256]], some))
@@ -177,7 +181,9 @@ def _embed(
             if sha256 != now:  # or the cache would hold another picture's features for good
                 raise UserError(f"{_said(picture)} changed while it was measured: run this again")
         cache.put(some, rows)
+        bar.update(len(some))
         yield from map(compact, rows)
+    bar.close()
 
 
 def _said(picture: Picture) -> str:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data.files import whole
-from train import stopping
+from train import screens, stopping
 
 Size = tuple[int, int]
 K = TypeVar("K")
@@ -226,6 +226,4 @@ def _one_each(size: Any, count: int) -> list[Size]:
 
 
 def _progress(total: int, label: str, *, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=label, unit="picture", disable=not shown or not total)
+    return screens.bar(total, label, unit="pictures", shown=shown and total > 0, leave=True)

@@ -26,6 +26,7 @@ from data.captioner import Captioner, check_model
 from data.captions import IMAGES, TEXTS, Pairs, Sidecars, recognise
 from data.images import open_image
 from data.listing import list_folder, shown, stem
+from train import screens
 from train.config import Section, UserError, command, load
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def main(arguments: list[str]) -> None:
     state = join()
     state.wait_for_everyone()  # all have listed what is missing before the first caption is written
     mine = list(plan.files)[state.process_index :: state.num_processes]
-    captioner = load_captioner(config, state.device)
+    with screens.working(f"loading {config.model}"):
+        captioner = load_captioner(config, state.device)
     outcome = write_captions(captioner, plan, mine, config, show=state.is_main_process)
     outcomes = gather(outcome)
     if state.is_main_process:
@@ -277,9 +279,7 @@ def _holds_text(target: Path) -> bool:
 
 
 def _bar(total: int, *, show: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="captions", unit="picture", disable=not show)
+    return screens.bar(total, "captions", unit="pictures", shown=show, leave=True)
 
 
 def summarise(plan: Plan, outcomes: Sequence[Outcome]) -> None:
@@ -296,6 +296,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome]) -> None:
     for what, lines in (("not captioned", problems), ("nothing to say about", silent)):
         if lines:
             print(f"{what} ({len(lines)}):\n{beside.named(lines)}")
+    screens.done(captioned=captioned, kept=kept, problems=len(problems))
 
 
 if __name__ == "__main__":

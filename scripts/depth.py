@@ -25,6 +25,7 @@ from pydantic import Field
 
 from data import beside
 from data.images import COVER, Size, open_image
+from train import screens
 from train.config import Section, UserError, command, load
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def main(arguments: list[str]) -> None:
     quieten()
     mine = beside.share(list(targets), state.process_index, state.num_processes)
     files = {name: found.files[name] for name in mine if name not in there}
-    estimator = Estimator.load(config, state.device)
+    with screens.working(f"loading {config.model}"):
+        estimator = Estimator.load(config, state.device)
     problems: dict[str, str] = {}
     made = 0
     with _bar(len(files), shown=state.is_main_process) as bar:
@@ -266,9 +268,7 @@ def _not_loaded(model: str, error: Exception) -> str:
 
 
 def _bar(total: int, *, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="depth", unit="picture", disable=not shown or not total)
+    return screens.bar(total, "depth", unit="pictures", shown=shown and total > 0, leave=True)
 
 
 def _summarise(found: beside.Found, *, made: int, kept: int, problems: Mapping[str, str]) -> None:
@@ -276,6 +276,7 @@ def _summarise(found: beside.Found, *, made: int, kept: int, problems: Mapping[s
     print(f"depth maps: {made} made, {kept} there already, of {total} pictures (data.depth=true)")
     if problems:
         print(f"without one ({len(problems)}):\n{beside.named(problems)}")
+    screens.done(made=made, kept=kept, pictures=total)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from eval.sampling import spelled_out
 from scripts.exporting import formats, hub, placing, results
+from train import screens
 from train.config import ModelConfig, Section, UserError, command, load
 
 WITH_BASE = ("merged", "single_file")
@@ -37,6 +38,7 @@ class ExportConfig(Section):
     adapter: str | None = None
     """A LoRA's or embedding's folder or .safetensors file, without a run."""
     format: Literal["diffusers", "kohya", "merged", "single_file"] = "diffusers"
+    """What is written: see docs/export.md."""
     output: Path | None = None
     """A .safetensors file for `kohya` and `single_file`, else a folder; default: in RUN/export."""
     overwrite: bool = False
@@ -71,20 +73,22 @@ def main(arguments: list[str]) -> None:
     if config.push_to_hub:
         hub.check(config.push_to_hub)
 
-    written = formats.export(
-        result,
-        config.format,
-        output,
-        precision=config.precision,
-        scale=config.scale,
-        card=config.card,
-        overwrite=config.overwrite,
-    )
+    with screens.working(f"writing {output}"):
+        written = formats.export(
+            result,
+            config.format,
+            output,
+            precision=config.precision,
+            scale=config.scale,
+            card=config.card,
+            overwrite=config.overwrite,
+        )
     for warning in written.warnings:
         print(f"warning: {warning}", flush=True)
     print(f"wrote {output}", flush=True)
     if config.push_to_hub:
         print(f"pushed {hub.push(written.files, config.push_to_hub, private=config.private)}")
+    screens.done(output, format=config.format, warnings=list(written.warnings))
 
 
 def result_of(config: ExportConfig) -> results.Result:

@@ -38,6 +38,7 @@ from scripts.generation.config import (
     check_watermark,
     mode_of,
 )
+from train import screens
 from train.config import RunFailed, UserError, command, load
 from train.stopping import Interrupted
 
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> None:
         paths = make_pictures(config)
     if os.environ.get("RANK", "0") == "0":
         print(f"pictures: {len(paths)} in {config.output}")
+        screens.done(config.output, pictures=[str(path) for path in paths])
     from eval.processes import join
 
     join().destroy_process_group()
@@ -117,7 +119,8 @@ def make_pictures(config: GenerateConfig) -> list[Path]:
     outputs.by_the_first(state, lambda: outputs.check(config, sources, count))
     if state.is_main_process and (note := inputs.note_sizes(sources)):
         print(note)
-    drawing, weights = prepare(config, mode, adapters, controls, state.device)
+    with screens.working(f"loading {config.model.path}"):
+        drawing, weights = prepare(config, mode, adapters, controls, state.device)
     jobs = list_jobs(config, prompts, sources, drawing.pipeline)
     check_watermark(config, [job.size for job in jobs], factor)
     paths = draw(drawing, jobs, weights, state)

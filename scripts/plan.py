@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 
 from scripts.planning import PlanConfig, plan, run_config, text
+from train import screens
 from train.config import UserError, command, load
 
 
@@ -22,7 +23,9 @@ def main(arguments: list[str]) -> None:
     if config.output and config.output.is_dir():
         raise UserError(f"output={config.output} is a folder; give a file for the plan's JSON")
 
-    made = plan(config, run_config(config.method, rest))
+    run = run_config(config.method, rest)
+    with screens.working("working out the plan"):
+        made = plan(config, run)
     print(text(made))
     if config.output:
         try:
@@ -30,6 +33,7 @@ def main(arguments: list[str]) -> None:
             config.output.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"output={config.output} cannot be written ({error})") from None
+    screens.done(config.output, plan=made)
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -32,6 +32,7 @@ from data.sources import Source, quarantine, scan
 from eval import dataset_account as account
 from eval.dataset_report import verdict, write_dataset_report
 from scripts.prepare_config import PrepareConfig
+from train import screens
 from train.config import UserError, command, load
 
 INDEX = "index.arrow"
@@ -336,6 +337,7 @@ def tell(report: dict[str, Any], config: PrepareConfig) -> None:
     for warning in report["warnings"]:
         print(f"- {warning['text']}")
     print(f"report: {config.output / 'report.html'}")
+    screens.done(config.output, counts=report["counts"])
     if not report["counts"]["train"]:
         raise UserError("no picture is left to train on; the report says why")
 

@@ -25,6 +25,7 @@ from data.images import FORMATS, Size
 from data.pairing import in_proportion
 from eval.generation import KEY, of_one_colour
 from eval.sampling import SamplingConfig, load_base, make, read_prompts, spelled_out
+from train import screens
 from train.config import UserError, command, dump, load
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def main(arguments: list[str]) -> None:
     quieten()
     if state.is_main_process:
         claim(config, prompts)
-    pipeline = load_base(config, state.device)
+    with screens.working(f"loading {config.model.path}"):
+        pipeline = load_base(config, state.device)
     share = {"rank": state.process_index, "world": state.num_processes}
     paths = make(pipeline, prompts, config, size=sizes, **share)
     state.wait_for_everyone()  # whose pictures are all there then
@@ -223,6 +225,7 @@ def _summarise(config: PriorConfig, count: int, flat: Sequence[str]) -> None:
         )
     print(f"class pictures: {count} in {config.output}")
     print(f"next: data.sources='[{{path: MY_PICTURES}}, {{path: {config.output}}}]'")
+    screens.done(config.output, pictures=count)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tests.kills import killed_and_resumed
 from tests.runs import arguments
 from tests.test_loop import Regression, Samples, logged
 from tests.test_pauses import HeldOut
-from train import report
+from train import report, report_charts
 from train.checkpoint import Checkpoints
 from train.config import EvaluationConfig, LoopConfig, LoraRun, RunFailed, UserError, load, validate
 from train.examination import (
@@ -426,11 +426,11 @@ def test_the_report_shows_the_course_of_every_score_and_the_best_step(tmp_path):
     assert "CLIP-T, likeness to the prompt" in page and "<h3>other one</h3>" in page
     assert "8 pictures against 256 real ones, of the same prompts" in page
     assert "FID is measured on 8 and 256 pictures in 768 dimensions" in page
-    assert page.count("best: step 20") == 3
+    assert page.count("Best: step 20") == 3
     assert page.index("<h2>Curves") < page.index("<h2>Scores of generated pictures")
 
 
 def test_every_score_of_a_run_says_in_the_report_which_way_is_better():
-    assert report._SCORES.keys() == BETTER.keys()
+    assert report_charts.SCORES.keys() == BETTER.keys()
     for name, way in BETTER.items():
-        assert report._SCORES[name][1].endswith(f"{way} is better")
+        assert report_charts.SCORES[name][1].endswith(f"{way} is better")

@@ -30,7 +30,7 @@ MODULES = {name: file for name, file in MODULES.items() if not name.endswith("__
 CONFIGS = sorted(
     file
     for file in (ROOT / "configs").rglob("*.yaml")
-    if file.parent.name not in ("accelerate", "prompts")
+    if file.parent.name not in ("accelerate", "prompts", "sweeps")
 )
 HEAVY = ("torch", "transformers", "diffusers", "accelerate", "peft", "datasets", "wandb")
 # Installed by some and not by others, but never ours to shadow.
@@ -80,11 +80,14 @@ def test_the_walk_sees_what_there_is():
 
 
 def test_config_imports_nothing_of_ours():
-    sections = {f"train.{name}_config" for name in ("data", "evaluation", "method", "optim")}
+    sections = {
+        f"train.{name}_config" for name in ("data", "evaluation", "method", "optim", "tracking")
+    }
     assert ours(MODULES["train.config"]) == {*sections, "train.parsing"}
     for name in sections:
         assert ours(MODULES[name]) == {"train.parsing"}
-    assert not ours(MODULES["train.parsing"])
+    assert ours(MODULES["train.parsing"]) == {"train.screens"}
+    assert not ours(MODULES["train.screens"])
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -97,6 +100,7 @@ def test_nothing_imports_an_entry(name):
 def test_data_knows_only_itself_and_the_config(name):
     assert {other for other in ours(MODULES[name]) if not other.startswith("data.")} <= {
         "train.config",
+        "train.screens",
         "train.stopping",
     }
 
@@ -118,6 +122,7 @@ BELOW_THE_LOOP = (
     "guards",
     "meter",
     "method",
+    "norms",
     "optim",
     "overfitting",
     "packages",
@@ -126,8 +131,10 @@ BELOW_THE_LOOP = (
     "previews",
     "resident",
     "resting",
+    "screens",
     "sharding",
     "stopping",
+    "timings",
     "tracking",
     "training_state",
     "validation",
@@ -135,7 +142,8 @@ BELOW_THE_LOOP = (
 )
 
 
-LEAVES = {"train.families", "data.images", "data.maps"}  # which know nothing of training
+# Which know nothing of training.
+LEAVES = {"train.families", "data.files", "data.images", "data.maps"}
 
 
 def test_the_loop_knows_nothing_of_what_it_trains():
@@ -228,8 +236,9 @@ for name in {light_entries()}:
     "entry",
     [
         "train/lora.py",
-        *(f"scripts/{name}.py" for name in ("generate", "prepare", "caption", "depth")),
+        *(f"scripts/{name}.py" for name in ("generate", "prepare", "caption", "depth", "runs")),
         *(f"scripts/{name}.py" for name in ("export", "watermark", "plan", "benchmark")),
+        *(f"scripts/{name}.py" for name in ("init", "completion", "reference", "sweep")),
     ],
 )
 @pytest.mark.parametrize("arguments", ["['--help']", "['lora.rnk=3']"])

@@ -572,7 +572,7 @@ def test_the_report_shows_the_course_the_best_step_and_the_warning(tmp_path):
     page = report.write(tmp_path).read_text(encoding="utf-8")
     assert "The held-out loss has risen since step 20 at 2 validations in a row" in page
     assert "Held-out loss, mean over the schedule, less is better, ± standard error" in page
-    assert page.count("best: step 20") == 2 and "most noise" in page
+    assert page.count("Best: step 20") == 2 and "Most noise" in page
     assert page.index("Loss, mean squared") < page.index("Held-out loss,") < page.index("Speed,")
 
 

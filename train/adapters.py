@@ -279,12 +279,21 @@ def _tensors(layer: Any) -> dict[str, nn.Parameter]:
 def estimated_bytes(config: LoraConfig) -> int:
     """Upper estimate of the adapters' fp32 size, which is exact for SD 2.1, for the disk
     preflight."""
-    layers = base_layers.unet_layers(base_layers.SD21_UNET)
-    size = _numbers(layers, _ranks(list(layers), config), config.dora)
+    sd21 = {
+        "unet": base_layers.unet_layers(base_layers.SD21_UNET),
+        "text_encoder": base_layers.text_layers(base_layers.SD21_TEXT_ENCODER),
+    }
+    return 4 * numbers(config, sd21) + 2**20
+
+
+def numbers(config: LoraConfig, base: Mapping[str, base_layers.Layers]) -> int:
+    """How many parameters the adapters have on a base of these layers (`base_layers.of_base`)."""
+    layers = base["unet"]
+    count = _numbers(layers, _ranks(list(layers), config), config.dora)
     if config.text_encoder is not None:
-        layers = base_layers.text_layers(base_layers.SD21_TEXT_ENCODER)
-        size += _numbers(layers, text_ranks(list(layers), config.text_encoder), config.dora)
-    return 4 * size + 2**20
+        layers = base["text_encoder"]
+        count += _numbers(layers, text_ranks(list(layers), config.text_encoder), config.dora)
+    return count
 
 
 def _numbers(layers: base_layers.Layers, by_layer: Mapping[str, int], dora: bool) -> int:

@@ -1,7 +1,7 @@
 """The configuration of a run: every key with its type, default, unit and meaning.
 
-The sections of data, methods, evaluation, objective and optimizer are in files of their own, the
-reading of it all in train/parsing.py; all are imported from here. Nothing here is heavy.
+The sections of data, methods, evaluation, objective, optimizer and tracking are in files of their
+own, the reading of it all in train/parsing.py; all are imported from here. Nothing here is heavy.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from train.parsing import (
     read_yaml,
     validate,
 )
+from train.tracking_config import TrackingConfig
 
 __all__ = [
     "ROOT",
@@ -53,6 +54,7 @@ __all__ = [
     "TextLoraConfig",
     "TextualInversionConfig",
     "TokenConfig",
+    "TrackingConfig",
     "TrainConfig",
     "RunFailed",
     "Section",
@@ -141,15 +143,6 @@ class PreviewConfig(Section):
     images: list[Path] = []
     """For depth and inpainting models: a picture for each prompt, with NAME.depth.png or
     NAME.mask.png beside it."""
-
-
-class TrackingConfig(Section):
-    trackers: list[Literal["wandb"]] = []
-    """Dashboards; metrics.jsonl is always written. A tracker that fails never ends the run."""
-    project: str = "sd-atelier"
-    """Project name on the dashboard."""
-    every: int = Field(10, ge=1)
-    """Optimizer steps between logged lines."""
 
 
 class ValidationConfig(Section):

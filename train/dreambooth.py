@@ -73,10 +73,14 @@ def main(arguments: list[str]) -> None:
             prior=frozen_base(config, pipeline),
             seed=config.seed,
         )
-        fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
-        if accelerator.is_main_process:
-            report.write(config.output)
-        export.publish(method, config.output / result, accelerator)
+        judge = in_training.judge(planned.scoring, accelerator)
+
+        def publish() -> None:
+            if accelerator.is_main_process:
+                report.write(config.output)
+            export.publish(method, config.output / result, accelerator)
+
+        fit(method, batches, config, accelerator, judge, publish)
 
 
 def check(config: DreamBoothRun, classes: Planned, found: Pictures) -> list[str]:

@@ -42,10 +42,14 @@ def main(arguments: list[str]) -> None:
         pipeline.unet.to(accelerator.device)
         objective = Objective.of(pipeline.scheduler, config.diffusion)
         method = Full(pipeline, objective, config.full)
-        fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
-        if accelerator.is_main_process:
-            report.write(config.output)
-        export.publish(method, config.output / "full", accelerator)
+        judge = in_training.judge(planned.scoring, accelerator)
+
+        def publish() -> None:
+            if accelerator.is_main_process:
+                report.write(config.output)
+            export.publish(method, config.output / "full", accelerator)
+
+        fit(method, batches, config, accelerator, judge, publish)
 
 
 class Full:

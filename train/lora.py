@@ -48,10 +48,14 @@ def main(arguments: list[str]) -> None:
         models.store_in(pipeline, config.train, accelerator.device)
         objective = Objective.of(pipeline.scheduler, config.diffusion)
         method = Lora(pipeline, objective, config.lora, seed=config.seed)
-        fit(method, batches, config, accelerator, in_training.judge(planned.scoring, accelerator))
-        if accelerator.is_main_process:
-            report.write(config.output)
-        export.publish(method, config.output / "adapter", accelerator)
+        judge = in_training.judge(planned.scoring, accelerator)
+
+        def publish() -> None:
+            if accelerator.is_main_process:
+                report.write(config.output)
+            export.publish(method, config.output / "adapter", accelerator)
+
+        fit(method, batches, config, accelerator, judge, publish)
 
 
 class Lora:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
+from train import screens
 from train.resident import peak_resident
 from train.tracking import Trackers
 
@@ -34,13 +34,14 @@ class Meter:
         """left_out: how many steps were so far. before: what `state` gave at step `start`."""
         self._accelerator, self._trackers, self._left_out = accelerator, trackers, left_out
         self._steps, self._every = steps, every
-        self._bar = tqdm(
-            total=steps,
+        self._bar = screens.bar(
+            steps,
+            "training",
+            unit="steps",
             initial=start,
-            unit="step",
-            disable=not accelerator.is_main_process,
-            dynamic_ncols=True,
-            mininterval=1.0,
+            shown=accelerator.is_main_process,
+            leave=True,
+            delay=0.0,
         )
         self._paused: float | None = None
         self._reset()
@@ -158,6 +159,7 @@ class Meter:
             "peak_memory_gib": round(peak_memory_gib(self._accelerator.device), 3),
         }
         self._trackers.log(metrics)
+        screens.event("step", steps=self._steps, **metrics)
         self._bar.set_postfix(
             loss="-" if loss_mean is None else f"{loss_mean:.4f}",
             img_s=f"{metrics['images_per_second']:.1f}",

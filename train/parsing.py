@@ -1,8 +1,7 @@
 """How a configuration is read: YAML files and `key=value` overrides into a typed `Section`, with
 errors that name the right key; and how an entry ends for a user's mistake.
 
-Imports nothing of this project and nothing heavy, so that `--help` and a mistyped key answer at
-once.
+Imports nothing heavy, so that `--help` and a mistyped key answer at once.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from train import screens
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,19 +110,27 @@ def dump(config: Section) -> str:
 
 def command(main: Callable[[list[str]], None]) -> None:
     """Runs an entry: exit code 2 for a user's mistake and 1 for a run that cannot go on, each with
-    a message on stderr and no traceback."""
+    a message on stderr and no traceback. `screens.FLAGS` are taken out of its arguments."""
     _quiet_libraries()
+    arguments, way = screens.split(sys.argv[1:])
     try:
-        main(sys.argv[1:])
+        with screens.speaking(way):
+            _run(main, arguments)
         _hear_nothing_more()
     except BrokenPipeError:  # whoever was reading has read enough: `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def _run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+    try:
+        main(arguments)
     except (UserError, RunFailed) as error:
-        rank = os.environ.get("RANK", "0")
+        rank, code = os.environ.get("RANK", "0"), 2 if isinstance(error, UserError) else 1
         where = "" if rank == "0" else f" (process {rank})"
         print(f"error{where}: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+        screens.event("error", message=str(error), exit_code=code)
+        raise SystemExit(code) from None
 
 
 def _hear_nothing_more() -> None:
@@ -331,14 +340,19 @@ def describe(schema: type[Section], default: Path | None) -> str:
     lines.append("")
     for name, field in fields(schema):
         value = "required" if field.is_required() else field.default
-        lines.append(f"  {name}  ({value}){_choices(field.annotation)}")
+        lines.append(f"  {name}  ({value}){_listed(field.annotation)}")
         lines.append(f"      {' '.join((field.description or '').split())}")
+    lines += ["", *(f"  {flag}\n      {text}" for flag, text in screens.FLAGS.items())]
     return "\n".join(lines)
 
 
-def _choices(annotation: Any) -> str:
+def _listed(annotation: Any) -> str:
+    known = choices(annotation)
+    return f": {', '.join(map(str, known))}" if known else ""
+
+
+def choices(annotation: Any) -> tuple[Any, ...]:
     """What a key may be set to, where that is a matter of a few words."""
     while get_origin(annotation) in (list, Union, UnionType):
         annotation = get_args(annotation)[0]
-    known = get_args(annotation) if get_origin(annotation) is Literal else ()
-    return f": {', '.join(map(str, known))}" if known else ""
+    return get_args(annotation) if get_origin(annotation) is Literal else ()

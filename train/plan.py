@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +15,22 @@ from data.listing import few
 from train import (
     changes,
     demands,
+    first_screen,
+    last_screen,
     models,
     pictures,
     run_lock,
     rundir,
+    screens,
     stopping,
     validation_data,
 )
 from train.changes import Change
 from train.config import FullRun, RunConfig, TextualInversionRun, UserError
 from train.models import BaseModel
-from train.packages import require_deepspeed, require_optimizer
+from train.packages import require_deepspeed, require_optimizer, require_trackers
 from train.pictures import Pictures
+from train.tracking import shown_on
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,10 +41,11 @@ if TYPE_CHECKING:
 _HASHED = ("unet", "vae", "text_encoder")
 _SHARDED_OPTIMIZERS = ("adamw", "schedule_free")  # the others' states are not like the weights
 _DEEPSPEED = {
-    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
-    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("2", "3"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("none",),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("none",),
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": ("false",),
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("none",),
 }
 _SLACK_BYTES = 64 * 2**20  # metrics, previews, reports
 
@@ -58,6 +64,10 @@ class Plan:
     """What differs from the run that is resumed."""
     lock: ExitStack
     """Of the run directory; to be closed when the run ends."""
+    result: str
+    """The folder of the run directory that it ends in."""
+    began: float
+    """When the plan was begun, by `time.monotonic`."""
 
 
 def plan(
@@ -68,7 +78,7 @@ def plan(
     check: Callable[[Pictures], list[str] | None] = lambda found: None,
     dataset: Callable[[Pictures], Mapping[str, Any]] = lambda found: {},
 ) -> Plan | None:
-    """Checks model, pictures, run directory and space, and prints the plan.
+    """Checks model, pictures, run directory and space, and shows the first screen.
 
     result: the folder the run ends in. trainable_bytes: fp32 size of what trains, for the space its
     checkpoints need; by default all of the base. check: raises UserError for what the method cannot
@@ -77,14 +87,16 @@ def plan(
     finished. Raises UserError for whatever would stop the run later, where another run has the run
     directory, and where it holds one that was begun otherwise (train/changes.py).
     """
+    began = time.monotonic()
     require_optimizer(config.optim.name)
+    require_trackers(shown_on(config.tracking))
     _check_launcher(config)
     _check_output(config)
     base = models.inspect(config.model)
     demands.check_settings(config, base)
     finished = rundir.check(config, result=result)
     with ExitStack() as lock:
-        writes = _is_first() and not (finished or config.dry_run)
+        writes = screens.is_first() and not (finished or config.dry_run)
         if writes:
             lock.enter_context(run_lock.locked(config.output))
         bad = config.output / "quarantine" if writes else None
@@ -97,20 +109,32 @@ def plan(
         held_out = [] if finished else _check_held_out(config, found)
         scoring = None if finished else _scoring(config, found)
         scored = scoring.describe() if scoring else []
-        lines = [_describe(config, base, found), *held_out, *scored, *more, *_notes(changed)]
-        _say("\n".join(lines))
+        if not finished:
+            _show(config, base, found, [*held_out, *scored, *more, *_notes(changed)])
         if config.dry_run:
             _say_long_captions(found)
         if finished:
-            _say(
-                f"{config.output} is finished: {config.output / result}. For more, choose another "
-                "output="
-            )
+            screens.say(f"{config.output} is finished. For more, choose another output=\n")
+            last_screen.finished(config, result)
         elif config.dry_run:
-            _say("dry run: everything checked, nothing trained")
+            screens.say("dry run: everything checked, nothing trained")
         if finished or config.dry_run:
             return None
-        return Plan(base, found, scoring, facts, changed, lock.pop_all())
+        return Plan(base, found, scoring, facts, changed, lock.pop_all(), result, began)
+
+
+def _show(config: RunConfig, base: BaseModel, found: Pictures, more: Sequence[str]) -> None:
+    """The first screen, with what is to be looked at apart from it."""
+    if not screens.is_first():
+        return
+    title = f"{first_screen.method(config)}: {config.output}"
+    rows, notes = first_screen.rows(config, base, found, more)
+    screens.screen(title, rows)
+    if notes:
+        screens.say("\n".join(["", *notes, ""]))
+    facts = {"method": first_screen.method(config), "output": config.output}
+    steps = {"steps": config.train.steps, "pictures": len(found.records)}
+    screens.event("plan", **facts, **steps, screen=[list(row) for row in rows], notes=notes)
 
 
 @contextmanager
@@ -124,16 +148,19 @@ def start(config: RunConfig, planned: Plan) -> Iterator[tuple[Accelerator, Pipel
     from train import compiling
     from train.launch import open_accelerator
 
-    with planned.lock, stopping.listening(config.output):
+    with planned.lock, _ending(config, planned), stopping.listening(config.output):
         quieten()
         accelerator = open_accelerator(config.train.mixed_precision, tf32=config.train.tf32)
         compiling.check(config.train.compile, accelerator.device.type)
-        pipeline = models.load_base(config, accelerator)
-        _say(f"predicts {pipeline.scheduler.config.prediction_type}")
-        hashes = {part: models.fingerprint(getattr(pipeline, part)) for part in _HASHED}
+        with screens.working(f"loading {config.model.path}"):
+            pipeline = models.load_base(config, accelerator)
+        if pipeline.scheduler.config.prediction_type != planned.base.prediction_type:
+            screens.say(f"predicts {pipeline.scheduler.config.prediction_type}, as is asked for")
+        with screens.working("hashing its weights"):
+            hashes = {part: models.fingerprint(getattr(pipeline, part)) for part in _HASHED}
         loaded = changes.since_loaded(config, hashes)
         for note in _notes(loaded):
-            _say(note)
+            screens.say(note)
         manifest = {
             "base": asdict(planned.base) | {"family": planned.base.family.name, "sha256": hashes},
             "dataset": planned.dataset,
@@ -146,8 +173,22 @@ def start(config: RunConfig, planned: Plan) -> Iterator[tuple[Accelerator, Pipel
         yield accelerator, pipeline
 
 
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+@contextmanager
+def _ending(config: RunConfig, planned: Plan) -> Iterator[None]:
+    """Shows how a run ended, in each of the three ways in which it can."""
+    try:
+        yield
+    except stopping.Interrupted as interrupted:
+        with suppress(OSError):  # the terminal is closed
+            last_screen.stopped(config, interrupted.step)
+        raise
+    except Exception as error:
+        if screens.is_first() and (config.output / "config.yaml").exists():
+            rundir.fail(config.output, error)
+            last_screen.failed(config)
+        raise
+    if screens.is_first():
+        last_screen.finished(config, planned.result, seconds=time.monotonic() - planned.began)
 
 
 def _notes(changed: Sequence[Change]) -> list[str]:
@@ -227,10 +268,16 @@ def _check_deepspeed(config: RunConfig) -> None:
             "DeepSpeed is for full fine-tuning (train/full.py): launch this with --config_file "
             "configs/accelerate/multi_gpu.yaml"
         )
-    if any(os.environ.get(name, usual) != usual for name, usual in _DEEPSPEED.items()):
+    if any(os.environ.get(name, usual[0]) not in usual for name, usual in _DEEPSPEED.items()):
         raise UserError(
-            "DeepSpeed works here with zero_stage: 2 and nothing offloaded: launch with "
-            "--config_file configs/accelerate/deepspeed.yaml"
+            "DeepSpeed works here with zero_stage: 2 or 3, zero3_init_flag: false and nothing "
+            "offloaded: launch with --config_file configs/accelerate/deepspeed.yaml or "
+            "deepspeed_zero3.yaml"
+        )
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and config.train.ema_decay:
+        raise UserError(
+            f"train.ema_decay={config.train.ema_decay} does not work with DeepSpeed's zero_stage: "
+            "3: leave it out, or launch with --config_file configs/accelerate/fsdp.yaml"
         )
     if config.optim.name != "adamw" or config.train.mixed_precision == "fp16":
         raise UserError(
@@ -243,22 +290,6 @@ def _check_deepspeed(config: RunConfig) -> None:
 
 def _launched_with(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
-
-
-def _describe(config: RunConfig, base: BaseModel, found: Pictures) -> str:
-    train, optim = config.train, config.optim
-    return "\n".join(
-        [
-            f"base     {base.path} ({base.kind}): {base}",
-            f"data     {found.summary()}",
-            *(f"source   {share}" for share in found.shares()),
-            *(f"note     {note}" for note in [*found.notes, *demands.notes(config, base)]),
-            f"train    {train.steps} steps of {train.batch_size} images{_epochs(config, found)}, "
-            f"{optim.name} at {optim.learning_rate:g} ({optim.schedule}), precision "
-            f"{train.mixed_precision}",
-            f"output   {config.output}",
-        ]
-    )
 
 
 def _check_held_out(config: RunConfig, found: Pictures) -> list[str]:
@@ -318,16 +349,4 @@ def _say_long_captions(found: Pictures) -> None:
     long = [id for id, text in found.worded() if count([text])[0] > found.tokens]
     if long:
         what = f"captions of more than {found.tokens} words and marks, which will be cut"
-        _say(f"note     {few(what, list(dict.fromkeys(long)))}")
-
-
-def _epochs(config: RunConfig, found: Pictures) -> str:
-    if not len(found.sizes):
-        return ""  # of a stream no one knows yet
-    order = found.order(seed=config.seed, batch_size=config.pictures_per_step)
-    return f" ({order.epochs(config.train.steps):.3g} epochs of {order.batches_in(0)} steps)"
-
-
-def _say(text: str) -> None:
-    if _is_first():
-        print(text, flush=True)
+        screens.say(f"note     {few(what, list(dict.fromkeys(long)))}")

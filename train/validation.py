@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from train import screens
 from train.config import ValidationConfig
 from train.course import Course
 from train.overfitting import Measured, Side, loss_of, read, risen
@@ -98,7 +99,9 @@ class Validation(Course[Measured]):
         # Each row is one process's and 0 in the others'; the one too many is the padding's.
         losses = torch.zeros(count + 1, device=device)
         shown = self._accelerator.is_main_process
-        batches = tqdm(held_out, "held-out loss", leave=False, delay=2.0, disable=not shown)
+        batches = screens.track(
+            held_out, "held-out loss", total=len(held_out), unit="batches", shown=shown
+        )
         with torch.no_grad(), at_rest(model):
             for batch in batches:
                 check()

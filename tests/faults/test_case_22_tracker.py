@@ -7,6 +7,7 @@ With wandb itself, against servers of our own.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -40,15 +41,22 @@ WITHOUT = [
     ),
     Removal(
         "the run's id on the dashboard is kept with it",
-        "train/dashboard_process.py",
+        "train/boards.py",
         "    if not known:\n",
         "    if True:\n",
     ),
     Removal(
+        "a dashboard that is gone is no error of the run",
+        "train/dashboards.py",
+        "        except OSError:  # it has ended, and said why\n",
+        "        except InterruptedError:\n",
+        "killed",
+    ),
+    Removal(
         "the axis is our step, which may go back",
-        "train/dashboard_process.py",
-        "if value is not None})",
-        'if value is not None}, step=line["step"])',
+        "train/board_wandb.py",
+        "for curve, value in drawn(line)})",
+        "for curve, value in drawn(line)}, step=line[AXIS])",
     ),
     Removal(
         "training never waits for a dashboard",
@@ -59,7 +67,7 @@ WITHOUT = [
     ),
     Removal(
         "where no server answers it goes on offline",
-        "train/dashboard_process.py",
+        "train/board_wandb.py",
         "        except Exception as error:\n            self._why",
         "        except KeyError as error:\n            self._why",
     ),
@@ -93,7 +101,8 @@ def tracked(world: Path, output: Path, *overrides: str) -> list[str]:
 
 
 def steps(output: Path) -> list[int]:
-    return [line["step"] for line in read_metrics(output / "metrics.jsonl")]
+    lines = read_metrics(output / "metrics.jsonl")
+    return [line["step"] for line in lines if "loss" in line]
 
 
 def sendable(said: str) -> list[Path]:
@@ -221,3 +230,22 @@ def test_a_server_that_dies_costs_a_bounded_wait_and_what_it_missed_is_kept(
     assert steps(output) == [1, 2, 3, 4, 5, 6]
     assert run.output.count("warning: wandb has not taken everything") == 1
     assert len(sendable(run.output)) == 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
+def test_a_dashboard_that_is_killed_costs_the_run_nothing(
+    starter: Starter, world: Path, tmp_path: Path, at: At, name: str
+) -> None:
+    pytest.importorskip(name)
+    output = tmp_path / "run"
+    environment = at(refused()) | {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "kept")}
+    given = tracked(world, output, f"tracking.trackers=[{name}]", "preview.every=2")
+    run = starter.start("train/lora.py", *given, env=environment)
+    run.until(lambda: len(steps(output)) > 1)
+    (dashboard,) = processes("dashboard_process.py")
+    os.kill(dashboard, signal.SIGKILL)
+    assert run.wait(60) == [0], run.output
+    assert steps(output) == [1, 2, 3, 4, 5, 6]
+    assert (output / "adapter").is_dir() and (output / "report.html").is_file()
+    assert f"warning: the process of {name} ended with code -9" in run.output
+    assert run.output.count("warning") == 1

@@ -23,13 +23,13 @@ WITHOUT = [
         "the lock is the kernel's, and not the file",
         "train/run_lock.py",
         "        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
-        "        if _holder(descriptor):\n            raise OSError(errno.EAGAIN, 'held')\n",
+        "        if holder_of(descriptor):\n            raise OSError(errno.EAGAIN, 'held')\n",
     ),
     Removal(
         "the lock is held until the run ends",
         "train/plan.py",
-        "with planned.lock, stopping.listening(config.output):",
-        "planned.lock.close()\n    with stopping.listening(config.output):",
+        "with planned.lock, _ending(config, planned), ",
+        "planned.lock.close()\n    with _ending(config, planned), ",
     ),
 ]
 
