@@ -181,11 +181,11 @@ def recorded(entry: str, args: list[str]) -> tuple[Weights, list[Batch]]:
     seen: list = []
     fit = loop.fit
 
-    def recording(method, batches, config, accelerator, judge):
+    def recording(method, batches, config, accelerator, judge, publish):
         named = method.model.named_parameters()
         seen.append({n: p.detach().clone() for n, p in named if p.requires_grad})
         seen.append([joined(micro_batches) for micro_batches in batches(0)])
-        fit(method, batches, config, accelerator)
+        fit(method, batches, config, accelerator, judge, publish)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loop, "fit", recording)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +127,12 @@ def _show(config: RunConfig, base: BaseModel, found: Pictures, more: Sequence[st
     """The first screen, with what is to be looked at apart from it."""
     if not screens.is_first():
         return
+    # What a dry run says is all that it does; a run goes on though nobody hears it.
+    with nullcontext() if config.dry_run else screens.unheard():
+        _say(config, base, found, more)
+
+
+def _say(config: RunConfig, base: BaseModel, found: Pictures, more: Sequence[str]) -> None:
     title = f"{first_screen.method(config)}: {config.output}"
     rows, notes = first_screen.rows(config, base, found, more)
     screens.screen(title, rows)
@@ -148,7 +154,12 @@ def start(config: RunConfig, planned: Plan) -> Iterator[tuple[Accelerator, Pipel
     from train import compiling
     from train.launch import open_accelerator
 
-    with planned.lock, _ending(config, planned), stopping.listening(config.output):
+    with (
+        screens.unheard(),
+        planned.lock,
+        _ending(config, planned),
+        stopping.listening(config.output),
+    ):
         quieten()
         accelerator = open_accelerator(config.train.mixed_precision, tf32=config.train.tf32)
         compiling.check(config.train.compile, accelerator.device.type)
@@ -182,12 +193,17 @@ def _ending(config: RunConfig, planned: Plan) -> Iterator[None]:
         with suppress(OSError):  # the terminal is closed
             last_screen.stopped(config, interrupted.step)
         raise
+    except UserError:  # the run is as it was
+        raise
     except Exception as error:
         if screens.is_first() and (config.output / "config.yaml").exists():
-            rundir.fail(config.output, error)
-            last_screen.failed(config)
+            with suppress(OSError):  # the disk may be what is full
+                rundir.fail(config.output, error)
+                last_screen.failed(config)
         raise
-    if screens.is_first():
+    if not screens.is_first():
+        return
+    with suppress(OSError):  # the result is there all the same
         last_screen.finished(config, planned.result, seconds=time.monotonic() - planned.began)
 
 

@@ -15,8 +15,8 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -27,6 +27,7 @@ Row = tuple[str, str]
 
 WIDTH = 100  # characters of a screen's lines, at the most
 LABEL = 9  # columns of a label, with the space after it
+_TICK = 1.0  # seconds between two signs of life, and before the first
 LINE_EVERY = 30.0  # seconds between two lines of progress where stderr is no terminal
 FLAGS = {
     "--quiet": "print errors and the path of the result, nothing else",
@@ -84,6 +85,55 @@ def speaking(way: Way) -> Iterator[None]:
             _way, _is_done = before
 
 
+class _Lossy:
+    """A stream that leaves out what cannot be written: its disk is full, its reader is gone."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _lossy(stream: Any) -> Any:
+    return stream if stream is None or isinstance(stream, _Lossy) else _Lossy(stream)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Within it nothing ends because it cannot be said, as on a full disk or a closed pipe: text is
+    left out instead, also what others print."""
+    global _way
+    before = _way, sys.stdout, sys.stderr
+    _way = replace(_way, out=_lossy(_way.out))
+    sys.stdout, sys.stderr = map(_lossy, (sys.stdout, sys.stderr))
+    try:
+        yield
+    finally:
+        _way, sys.stdout, sys.stderr = before
+        for stream in (_way.out, sys.stdout, sys.stderr):
+            _settle(stream)
+
+
+def _settle(stream: IO[str] | None) -> None:
+    """Python flushes streams when it ends, and what is left in one would make a failure of it."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        with suppress(OSError, ValueError):  # a stream that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def is_first() -> bool:
     """Whether this is the process that speaks."""
     return os.environ.get("RANK", "0") == "0"
@@ -109,12 +159,13 @@ def warn(text: str) -> None:
 
 
 def screen(title: str, rows: Iterable[Row]) -> None:
-    """A block of aligned lines under a title: what a run is about to do, or has done.
+    """A block of aligned lines under a title, after an empty one: what a run is about to do, or has
+    done.
 
     On a terminal rows are wrapped; in a log each is a line, to be searched. A row without a label
     goes on with the one before it, and stands as it is, however long.
     """
-    say("\n".join([bold(title), *(line for row in rows for line in _lines(*row))]))
+    say("\n".join(["", bold(title), *(line for row in rows for line in _lines(*row))]))
 
 
 def _lines(label: str, text: str) -> list[str]:
@@ -179,7 +230,7 @@ class Lines:
     def __init__(self, total: int | None, what: str, *, unit: str, initial: int = 0) -> None:
         self.total, self.n = total, initial
         self._what, self._unit, self._first = what, unit, initial
-        self._start = self._last = time.monotonic()
+        self.start_t = self.last_print_t = time.monotonic()  # named as in tqdm
         self._notes = ""
 
     def update(self, count: float = 1) -> None:
@@ -188,9 +239,10 @@ class Lines:
 
     def refresh(self) -> None:
         now = time.monotonic()
-        if now - self._last >= LINE_EVERY:
-            self._last = now
-            print(self._line(now - self._start), file=sys.stderr, flush=True)
+        if now - self.last_print_t >= LINE_EVERY:
+            self.last_print_t = now
+            with suppress(OSError):
+                print(self._line(now - self.start_t), file=sys.stderr, flush=True)
 
     def _line(self, seconds: float) -> str:
         if not self.total:
@@ -248,6 +300,7 @@ def bar(
     counted = "{desc}: {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt} {unit}, {rate_fmt}, "
     return tqdm(
         desc=what,
+        file=_lossy(sys.stderr),
         total=total,
         initial=initial,
         unit=unit,
@@ -267,23 +320,34 @@ def track(items: Iterable[T], what: str, *, total: int, **options: Any) -> Itera
             shown.update()
 
 
+def leave_out(shown: Any, seconds: float) -> None:
+    """Takes time that did not go into what a bar counts out of its rate and what it has left."""
+    shown.start_t += seconds
+    shown.last_print_t += seconds
+
+
 @contextmanager
 def working(what: str, *, shown: bool = True) -> Iterator[None]:
     """A sign of life for what cannot be counted, like loading a model: how long it has taken."""
-    sign, ended = bar(None, what, shown=shown and is_first()), threading.Event()
-    watch = threading.Thread(target=_tick, args=(sign, ended), daemon=True)
+    ended = threading.Event()
+    watch = threading.Thread(target=_tick, args=(what, shown and is_first(), ended), daemon=True)
     watch.start()
     try:
         yield
     finally:
         ended.set()
         watch.join()
-        sign.close()
 
 
-def _tick(sign: Any, ended: threading.Event) -> None:
-    while not ended.wait(1.0):
+def _tick(what: str, shown: bool, ended: threading.Event) -> None:
+    if ended.wait(_TICK):
+        return
+    # Not a bar with a delay: close() would not erase it, as refresh() does not count as shown.
+    with bar(None, what, shown=shown, delay=0.0) as sign:
+        leave_out(sign, -_TICK)
         sign.refresh()
+        while not ended.wait(_TICK):
+            sign.refresh()
 
 
 # Words for numbers
