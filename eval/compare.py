@@ -112,6 +112,7 @@ def _write_page(config: CompareConfig, file: Path, sides: list[Any]) -> None:
             seed=config.seed,
         )
     print(f"{file}\nwhose pictures are whose (not for those who vote): {key}")
+    screens.done(file, key=key)
 
 
 @contextmanager

@@ -96,6 +96,13 @@ OTHERS: list[Callable[[Evidence], Mapping[str, Score]]] = []
 """Metrics of others (docs/extending.md), at the end of the table."""
 
 
+def _new(own: Mapping[str, Score], known: Mapping[str, Score]) -> Mapping[str, Score]:
+    """Raises ValueError for a name that another score has."""
+    if taken := sorted({*own} & {*known, "copies"}):
+        raise ValueError(f"a metric of OTHERS is called {taken[0]}, as another score is: rename it")
+    return own
+
+
 def measure(found: Evidence, *, seed: int) -> dict[str, Any]:
     """All of metrics.json but `title`, `settings` and the checkpoints' curve."""
     plan, given = found.plan, found.given
@@ -104,7 +111,7 @@ def measure(found: Evidence, *, seed: int) -> dict[str, Any]:
     scores = {**_likenesses(found, rows), **_distances(found, seed=seed), **_texts(found, rows)}
     scores |= _lost(found)
     for other in OTHERS:
-        scores |= other(found)
+        scores |= _new(other(found), scores)
     if copies is not None and copies.judged:
         scores["copies"] = _copies_score(copies)
     scores = _ordered(scores)

@@ -25,6 +25,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
+from train import screens
 from train.config import ModelConfig, Section, UserError, command, load
 
 Part = Literal["unet", "text_encoder"]
@@ -160,6 +161,7 @@ def inspect(arguments: list[str]) -> None:
     file, _ = _lora(config.adapter)
     found = adapter_report.inspect(file, _layers(config))
     print(_text(found, config.format, adapter_tables.inspected))
+    screens.done(file, found=found)
 
 
 def compare(arguments: list[str]) -> None:
@@ -169,6 +171,7 @@ def compare(arguments: list[str]) -> None:
     files, sources = _sources(config.adapters, config)
     found = adapter_report.compare(files, [_scaled(*source) for source in sources])
     print(_text(found, config.format, adapter_tables.compared))
+    screens.done(compared=found)
 
 
 def merge(arguments: list[str]) -> None:
@@ -348,6 +351,7 @@ def _report(file: Path, rows: Sequence[Any]) -> None:
     size = file.stat().st_size / 2**20
     error = adapter_editing.relative_error(rows)
     print(f"wrote {file} ({size:.2f} MiB); it is {error:.3g} off, as a share of the change's norm")
+    screens.done(file, error=error)
 
 
 def _report_left_out(count: int, norm: float, rows: Sequence[Any]) -> None:

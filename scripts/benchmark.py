@@ -25,6 +25,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from scripts.benchmarks.train_setting import TrainSetting
+from train import screens
 from train.config import Section, UserError, command, load
 
 DataPart = Literal["decode", "planning", "reading", "memory", "edit", "caching"]
@@ -246,6 +247,7 @@ def report(
             config.output.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"output={config.output} cannot be written ({error})") from None
+    screens.done(config.output, results=results)
 
 
 if __name__ == "__main__":

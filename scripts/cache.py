@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from data.files import progress
+from train import screens
 from train.config import RunFailed, Section, UserError, command, load
 
 if TYPE_CHECKING:
@@ -72,12 +73,14 @@ def verify(config: VerifyConfig) -> None:
             f"{config.cache} is damaged ({len(damage)} found): repair=true takes that out, and the "
             "next run encodes it anew"
         )
+    screens.done(config.cache, removed=len(damage))
 
 
 def prune(config: PruneConfig) -> None:
     store = open_store(config.cache)
     done = store.prune(unused_days=config.unused_days, progress=progress("pruning"))
     print(f"kept {done.kept} entries, removed {done.removed}, freed {done.freed / 2**20:.1f} MiB")
+    screens.done(config.cache, kept=done.kept, removed=done.removed, freed=done.freed)
 
 
 def open_store(folder: Path) -> TensorStore:

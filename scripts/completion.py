@@ -1,4 +1,4 @@
-"""Prints a completion script for a shell: commands' keys, --config and the values of few words.
+"""Prints a completion script for a shell: tasks, keys, --config and the values of few words.
 
     eval "$(python scripts/completion.py bash)"          # in ~/.bashrc, from the repository's root
     eval "$(python scripts/completion.py zsh)"           # in ~/.zshrc, after compinit
@@ -33,8 +33,24 @@ ENTRIES = {
     "scripts/generate.py": "scripts.generation.config:GenerateConfig",
     "scripts/export.py": "scripts.export:ExportConfig",
     "scripts/plan.py": "scripts.planning:PlanConfig",
+    "scripts/sweep.py": "scripts.sweeping:SweepConfig",
+    "scripts/runs.py": "scripts.runs:ListConfig,CompareConfig,ReportConfig",
+    "scripts/adapters.py": "scripts.adapters:"
+    "InspectConfig,CompareConfig,MergeConfig,ResizeConfig,ExtractConfig",
+    "scripts/benchmark.py": "scripts.benchmark:TrainBenchmark,DataBenchmark,EvalBenchmark,"
+    "CheckpointBenchmark,GenerateBenchmark,PlanBenchmark,WatermarkBenchmark",
+    "scripts/cache.py": "scripts.cache:VerifyConfig,PruneConfig",
+    "scripts/watermark.py": "scripts.watermark:WatermarkConfig",
+    "scripts/reference.py": "scripts.reference:ReferenceConfig",
+    "eval/compare.py": "eval.compare:CompareConfig",
 }
-PLAN = "scripts/plan.py"  # takes the keys of a run as well
+TASKS = {
+    "scripts/runs.py": "list compare report",
+    "scripts/adapters.py": "inspect compare merge resize extract",
+    "scripts/benchmark.py": "train data eval checkpoint generate plan watermark",
+    "scripts/cache.py": "verify prune",
+}
+TAKE_A_RUN_S = ("scripts/plan.py", "scripts/sweep.py")  # keys, beside their own
 EVALUATE = "eval/evaluate.py"
 
 Keys = dict[str, list[str]]
@@ -56,16 +72,19 @@ def all_keys() -> dict[str, Keys]:
     """The keys of every entry."""
     found = {entry: keys_of(schema) for entry, schema in ENTRIES.items()}
     run = {key: values for entry in list(ENTRIES)[:4] for key, values in found[entry].items()}
-    found[PLAN] = run | found[PLAN]
+    found |= {entry: run | found[entry] for entry in TAKE_A_RUN_S}
     found[EVALUATE] = {"run": [], **{k: v for k, v in run.items() if k.startswith("evaluation.")}}
     return found
 
 
 def keys_of(schema: str) -> Keys:
-    """The keys of a configuration, named "module:Class"; those of lists' items are left out."""
-    module, _, name = schema.partition(":")
-    section: type[Section] = getattr(importlib.import_module(module), name)
-    return {key: values(field.annotation) for key, field in fields(section) if "[]" not in key}
+    """The keys of configurations, named "module:Class,Class", but for those of lists' items."""
+    module, _, names = schema.partition(":")
+    found: Keys = {}
+    for name in names.split(","):
+        section: type[Section] = getattr(importlib.import_module(module), name)
+        found |= {key: values(field.annotation) for key, field in fields(section)}
+    return {key: known for key, known in found.items() if "[]" not in key}
 
 
 def values(annotation: Any) -> list[str]:
@@ -86,7 +105,7 @@ def sh_functions(entries: dict[str, Keys]) -> Iterator[str]:
     yield "  esac; done\n}"
     yield '_sd_atelier_keys() {\n  case "$1" in'
     for entry, keys in entries.items():
-        words = " ".join(f"{key}=" for key in keys)
+        words = " ".join([*TASKS.get(entry, "").split(), *(f"{key}=" for key in keys)])
         yield f"    {entry}) printf '%s' '{words}';;"
     yield "  esac\n}"
     yield '_sd_atelier_values() {\n  case "$1:$2" in'
@@ -109,7 +128,7 @@ def fish(entries: dict[str, Keys]) -> str:
     lines = [_FISH]
     for entry, keys in entries.items():
         words = [f"{key}={value}" for key, found in keys.items() for value in found or [""]]
-        listed = " ".join([*words, *_flags()])
+        listed = " ".join([*TASKS.get(entry, "").split(), *words, *_flags()])
         lines.append(
             f"complete -c python -c python3 -c accelerate -n '__sd_atelier {entry}' -a '{listed}'"
         )

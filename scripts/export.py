@@ -140,7 +140,7 @@ def output_of(config: ExportConfig, result: results.Result) -> Path:
     inside = (folder for folder in result.folders if _is_within(output, folder))
     if folder := next(inside, None):
         raise UserError(f"output={output} lies in {folder}, which is exported from: choose another")
-    placing.check(output, is_file=is_file, overwrite=config.overwrite)
+    placing.check(output, config.format, overwrite=config.overwrite)
     return output
 
 

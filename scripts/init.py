@@ -20,10 +20,23 @@ from typing import Any, Literal, cast
 from pydantic import Field
 
 from scripts.initial import looking, writing
-from scripts.initial.choosing import Answers, Method, Setting, ladder, method_for, settings
+from scripts.initial.choosing import (
+    AT_ONCE,
+    Answers,
+    Method,
+    Setting,
+    ladder,
+    method_for,
+    settings,
+    validated_every,
+)
 from scripts.planning import SCHEMAS
 from train import screens
 from train.config import RunConfig, Section, UserError, command, load, validate
+
+MARGIN = 0.9
+"""Of a card's memory that a run may take by the planner: the rest is for what it does not foresee,
+and for the desktop."""
 
 
 class InitConfig(Section):
@@ -52,13 +65,13 @@ def main(arguments: list[str]) -> None:
     check_output(config)
     answers = look(config)
     run = list(settings(answers))
-    chosen, fits = fitting(answers, run)
+    chosen, taken = fitting(answers, run)
     everything = sorted([*run, *chosen], key=lambda one: order_of(run, one))
     text = writing.text([*head(answers, config.output)], everything)
     check(text, answers.method, config.output)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(text, encoding="utf-8")
-    tell(answers, config.output, fits)
+    tell(answers, config.output, taken)
 
 
 def check_output(config: InitConfig) -> None:
@@ -90,7 +103,8 @@ def look(config: InitConfig) -> Answers:
         noun = ask("What do they show one of?", noun, "one word, like dog")
     name = re.sub(r"[^a-z0-9]+", "-", config.output.stem.lower()).strip("-") or "my"
     model = looking.base(base)
-    return Answers(found, model, chosen, noun, None if card == "none" else card, name)
+    held_out = looking.held_out(path)
+    return Answers(found, model, chosen, noun, None if card == "none" else card, name, held_out)
 
 
 def ask(question: str, proposed: str, why: str) -> str:
@@ -117,17 +131,26 @@ def number(text: str) -> float:
         raise UserError(f"card={text}: give GiB as a number, like card=12, or card=none") from None
 
 
-def fitting(answers: Answers, run: list[Setting]) -> tuple[list[Setting], bool]:
-    """The quickest way that the planner says fits the card, and whether any did."""
+def fitting(answers: Answers, run: list[Setting]) -> tuple[list[Setting], float | None]:
+    """The quickest way that by the planner fits the card, or the smallest; and the GiB that it is
+    to take, None where there is nothing to choose."""
     ways = ladder(answers)
     if len(ways) == 1:
-        return ways[0], True
-    start = 0 if (answers.card or 0) >= 40 else 2  # the first two are for large cards
+        return ways[0], None
+    peaks: dict[int, float] = {}
+    first, last = 0, len(ways)  # the quickest that fits is one of these; `last` is none
     with screens.working("looking for what fits the card"):
-        for way in ways[start:]:
-            if peak(answers, [*run, *way]) <= (answers.card or 0):
-                return way, True
-    return ways[-1], False
+        while first < last:
+            middle = (first + last) // 2
+            peaks[middle] = peak(answers, [*run, *ways[middle]])
+            if peaks[middle] <= MARGIN * (answers.card or 0):
+                last = middle
+            else:
+                first = middle + 1
+    taken = min(first, len(ways) - 1)
+    said = f"images at once: {peaks[taken]:.1f} of {answers.card:g} GiB, by the planner"
+    way = [one._replace(why=said) if one.key == AT_ONCE else one for one in ways[taken]]
+    return way, peaks[taken]
 
 
 def peak(answers: Answers, everything: list[Setting]) -> float:
@@ -152,24 +175,32 @@ def head(answers: Answers, output: Path) -> Iterator[str]:
     yield f"  {train_command(answers.method, output)}"
     if answers.pictures.twice:
         yield "Some pictures are there twice; scripts/prepare.py finds and removes such."
-    if answers.pictures.count >= 20 and answers.method in ("lora", "full"):
+    if could_hold_out(answers):
         yield "Without held-out pictures nobody knows how good it is. To keep a tenth back:"
         yield f"  {prepare_command(answers.pictures.path, output)}"
-        yield f"and add {prepared_keys(output)}"
+        yield f"and add {prepared_keys(answers, output)}"
+
+
+def could_hold_out(answers: Answers) -> bool:
+    """Whether there are enough pictures to do without some, and none are held out yet."""
+    many = answers.pictures.count >= 20 and answers.method in ("lora", "full")
+    return many and answers.held_out is None
 
 
 def prepared(output: Path) -> str:
     return f"prepared/{output.stem}"
 
 
-def prepared_keys(output: Path) -> str:
+def prepared_keys(answers: Answers, output: Path) -> str:
     """Where the two parts are then."""
-    return f"data.path={prepared(output)}/train evaluation.path={prepared(output)}/held-out"
+    folder = prepared(output)
+    keys = (f"data.path={folder}/train", f"evaluation.path={folder}/held-out")
+    return shlex.join([*keys, f"validation.every={validated_every(answers)}"])
 
 
 def prepare_command(path: str, output: Path) -> str:
-    source = shlex.quote(f"source={path}")
-    return f"python scripts/prepare.py {source} output={prepared(output)} held_out=0.1"
+    words = (f"source={path}", f"output={prepared(output)}", "held_out=0.1")
+    return f"python scripts/prepare.py {shlex.join(words)}"
 
 
 def train_command(method: str, output: Path) -> str:
@@ -185,22 +216,21 @@ def check(text: str, method: Method, output: Path) -> None:
     validate(schema, values, where=str(output))
 
 
-def tell(answers: Answers, output: Path, fits: bool) -> None:
+def tell(answers: Answers, output: Path, taken: float | None) -> None:
     for bad in answers.pictures.bad[:5]:
         screens.say(f"left out {bad}")
-    if not fits:
+    if taken is not None and taken > MARGIN * (answers.card or 0):
         screens.warn(
-            f"by the planner it does not fit {answers.card:g} GiB; the smallest settings are taken"
+            f"these are the smallest settings, and by the planner they take {taken:.1f} of "
+            f"{answers.card:g} GiB: it may not fit"
         )
     train, rows = train_command(answers.method, output), []
     if answers.card is None and not answers.base.toy:
         screens.warn("no card was found, and on a CPU this base takes days: base=toy is to try")
-    if answers.pictures.count >= 20 and answers.method in ("lora", "full"):
-        path = answers.pictures.path
-        rows = [
-            ("better", "hold some pictures out, to know how good it is, and train on the rest:")
-        ]
-        rows += [("", prepare_command(path, output)), ("", f"{train} {prepared_keys(output)}")]
+    if could_hold_out(answers):
+        why = "hold some pictures out, to know how good it is, and train on the rest:"
+        rows = [("better", why), ("", prepare_command(answers.pictures.path, output))]
+        rows += [("", f"{train} {prepared_keys(answers, output)}")]
     rows = [("Next", "look at it, then:"), ("", train), *rows]
     screens.screen(f"wrote {output}", rows)
     screens.done(output, method=answers.method, pictures=answers.pictures.count)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+from train import screens
 from train.config import (
     ROOT,
     DreamBoothRun,
@@ -74,6 +75,7 @@ def main(arguments: list[str]) -> None:
     config = load(ReferenceConfig, arguments)
     config.output.write_text(page(), encoding="utf-8")
     print(f"wrote {config.output}")
+    screens.done(config.output)
 
 
 def page() -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from eval.charts import MANY
 from eval.figures import number, signed
 from eval.significance import paired
-from scripts.run_listing import Score, Summary, flat, summary
+from scripts.run_listing import Score, Summary, flat, is_run, summary
 from train.config import UserError
 from train.overfitting import Measured
 from train.run_record import Run
@@ -40,13 +40,13 @@ class Row(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """A prompt and seed that all runs have drawn: the base's picture, if there is one, and the last
-    of each run."""
+    """A prompt and seed that all runs have drawn: pictures of the bases, one where all have the
+    same, and of each run that of the weights it ends with; each with what it is called."""
 
     prompt: str
     seed: int
-    base: Path | None
-    pictures: Sequence[Path]
+    bases: Sequence[tuple[str, Path]]
+    pictures: Sequence[tuple[str, Path]]
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,15 @@ class Compared:
     @classmethod
     def read(cls, folders: Sequence[Path]) -> Compared:
         """Raises UserError for what is no run, or too few or too many."""
-        if not 2 <= len({folder.absolute() for folder in folders}) == len(folders) <= MOST:
-            raise UserError(f"runs: give two to {MOST} different runs, not {len(folders)}")
+        if not 2 <= len(folders) <= MOST:
+            raise UserError(f"runs: give two to {MOST} runs, not {len(folders)}")
+        places = [folder.resolve() for folder in folders]
+        if twice := [folder for folder in folders if places.count(folder.resolve()) > 1]:
+            raise UserError(f"runs: {twice[0]} is given more than once; give each run once")
         runs = []
         for folder in folders:
             run = Run.read(folder, {})
-            if not isinstance(run.settings, dict) or not isinstance(
-                run.settings.get("train"), dict
-            ):
+            if not is_run(run):
                 raise UserError(f"runs: {folder} holds no config.yaml of a run")
             runs.append(run)
         names = [folder.absolute().name for folder in folders]
@@ -160,15 +161,23 @@ def verdict(compared: Compared) -> str:
 
 
 def shared_previews(compared: Compared) -> list[Shared]:
-    """The last pictures of the prompts and seeds that all runs have drawn."""
-    drawn = [_last_previews(run) for run in compared.runs]
+    """The pictures at the end of the prompts and seeds that all runs have drawn."""
+    shown = [_shown_previews(run) for run in compared.runs]
+    drawn = [_previews_in(run, folder) for run, folder in zip(compared.runs, shown, strict=True)]
+    steps = ["" if folder is None else f", step {_step(folder)}" for folder in shown]
+    labels = [f"{name}{step}" for name, step in zip(compared.names, steps, strict=True)]
     rows = []
     for key in drawn[0]:
         if all(key in one for one in drawn):
-            base = compared.runs[0].folder / "previews" / "base" / drawn[0][key].name
-            there = base if base.is_file() else None
-            rows.append(Shared(*key, there, [one[key] for one in drawn]))
+            pictures = [one[key] for one in drawn]
+            bases = _bases(compared, pictures)
+            rows.append(Shared(*key, bases, list(zip(labels, pictures, strict=True))))
     return rows
+
+
+def have_the_same_noise(compared: Compared) -> bool:
+    """Whether a prompt's seed gives all runs the same noise: it has the size of the picture."""
+    return len({_setting_of_noise(run) for run in compared.runs}) == 1
 
 
 def _known(run: Run) -> dict[str, Any]:
@@ -257,14 +266,54 @@ def _objective(run: Run) -> tuple[Any, ...]:
     return run.setting("diffusion"), predicts
 
 
-def _last_previews(run: Run) -> dict[tuple[str, int], Path]:
+def _shown_previews(run: Run) -> Path | None:
+    """The folder of the previews of the step whose weights the run ends with, or of the last."""
     folders = sorted(path for path in (run.folder / "previews").glob("step-*") if path.is_dir())
+    taken = [path for path in folders if path.name == f"step-{run.taken or 0:08d}"]
+    found = taken or folders
+    return found[-1] if found else None
+
+
+def _previews_in(run: Run, folder: Path | None) -> dict[tuple[str, int], Path]:
     prompts, seed = run.setting("preview.prompts"), run.setting("preview.seed")
-    if not folders or not isinstance(prompts, list):
+    if folder is None or not isinstance(prompts, list):
         return {}
     first = seed if isinstance(seed, int) else 0
-    files = {(str(p), first + k): folders[-1] / f"{k:02d}.png" for k, p in enumerate(prompts)}
+    files = {(str(p), first + k): folder / f"{k:02d}.png" for k, p in enumerate(prompts)}
     return {key: file for key, file in files.items() if file.is_file()}
+
+
+def _step(folder: Path) -> str:
+    number = folder.name.removeprefix("step-")
+    return f"{int(number):,}" if number.isdecimal() else number
+
+
+def _bases(compared: Compared, pictures: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Beside these pictures, that of the base; of each run's own where they are not alike."""
+    files = [
+        run.folder / "previews" / "base" / picture.name
+        for run, picture in zip(compared.runs, pictures, strict=True)
+    ]
+    if len({_drawn_from(run) for run in compared.runs}) == 1:
+        found = [("base", file) for file in files if file.is_file()]
+        return found[:1]
+    named = zip(compared.names, files, strict=True)
+    return [(f"base of {name}", file) for name, file in named if file.is_file()]
+
+
+def _drawn_from(run: Run) -> str:
+    """What decides how a base's picture of a prompt and seed looks."""
+    base = run.manifest.get("base")
+    weights = base.get("sha256") if isinstance(base, dict) else None
+    how = {key: run.setting(f"preview.{key}") for key in ("steps", "guidance", "images")}
+    diffusion = [
+        run.setting(f"diffusion.{key}") for key in ("prediction_type", "zero_terminal_snr")
+    ]
+    return repr((weights or run.setting("model.path"), how, _setting_of_noise(run), diffusion))
+
+
+def _setting_of_noise(run: Run) -> str:
+    return repr(run.setting("preview.resolution"))
 
 
 def page_beside(folders: Sequence[Path]) -> Path:

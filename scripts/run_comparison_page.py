@@ -174,14 +174,16 @@ def _score_chart(compared: Compared, name: str) -> Chart:
 
 
 def _previews(compared: Compared) -> Section:
-    rows = []
+    rows, same = [], run_comparison.have_the_same_noise(compared)
     for shared in spread(run_comparison.shared_previews(compared), _PROMPTS):
-        named = [("base", shared.base), *zip(compared.names, shared.pictures, strict=True)]
-        panels = [Panel(file, label) for label, file in named if file and readable(file)]
+        named = [*shared.bases, *shared.pictures]
+        panels = [Panel(file, label) for label, file in named if readable(file)]
         rows.append(Comparison(f"{shared.prompt} (seed {shared.seed})", panels))
     return Section(
         "Last previews",
-        "The same prompt and the same noise.",
+        "The same prompt and the same noise."
+        if same
+        else "The same prompt and seed; the sizes differ, and so does the noise.",
         [row for row in rows if row.panels],
         film=True,
         small=True,

@@ -5,9 +5,9 @@ Only light files are read, and no torch: a thousand runs take seconds.
 
 from __future__ import annotations
 
-import math
+import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from train import run_figures, using
 from train.config import UserError
-from train.run_record import Run, read_json
+from train.run_record import Run, finite, read_json, setting_of
 from train.run_state import State, state_of
 
 _DEEP = 3  # folders below the root
@@ -87,25 +87,55 @@ def summaries(
     """The runs below `root` that fit all of `wanted`, and what was passed over, with why.
 
     wanted: parts of names, or key=value of configurations. sort: as `ORDERS`, or a score. Raises
-    UserError for a sort that no run has.
+    UserError for a key or a sort that no run has.
     """
     folders, skipped = find(root)
-    runs = []
+    runs: list[Summary] = []
     for folder in folders:
-        run = Run.read(folder, {}, courses=False)
         name = str(folder.relative_to(root)) if folder != root else folder.absolute().name
-        if not isinstance(run.settings, dict) or not isinstance(run.settings.get("train"), dict):
-            skipped.append(f"{name} (its config.yaml is missing, torn or not of a run)")
-        elif all(_fits(name, run, each) for each in wanted):
-            runs.append(summary(run, name))
-    return ordered(runs, sort, reverse=reverse), skipped
+        try:
+            run = Run.read(folder, {}, courses=False)
+            if is_run(run):
+                runs.append(summary(run, name))
+            else:
+                skipped.append(f"{name} (its config.yaml is missing, torn or not of a run)")
+        except (ValueError, TypeError, OSError, OverflowError) as error:
+            skipped.append(f"{name} (cannot be read: {error})")
+    _check_keys(wanted, runs)
+    fitting = [run for run in runs if all(_fits(run, each) for each in wanted)]
+    return ordered(fitting, sort, reverse=reverse), skipped
+
+
+def is_run(run: Run) -> bool:
+    """Whether its config.yaml is that of a run."""
+    return isinstance(run.settings, dict) and isinstance(run.settings.get("train"), dict)
+
+
+def _check_keys(wanted: Sequence[str], runs: Sequence[Summary]) -> None:
+    """Raises UserError for a key that no run's configuration has."""
+    asked = [each for each in wanted if "=" in each]
+    known = {key for run in runs for key in _keys(run.settings)} if asked else set()
+    for each in asked if known else ():
+        key = each.partition("=")[0]
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            remedy = f"the nearest is {near[0]}" if near else "a run's config.yaml names them all"
+            raise UserError(f"filter={each}: no run has a setting {key}; {remedy}")
+
+
+def _keys(settings: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """The dotted keys of settings and of their sections."""
+    for name, value in settings.items():
+        yield f"{before}{name}"
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{before}{name}.")
 
 
 def summary(run: Run, name: str) -> Summary:
     """A run in a few numbers."""
     done = int(run.steps[-1]) if run.lines else 0
-    planned = run.setting("train.steps")
-    planned = planned if isinstance(planned, int) else None
+    steps = run.number("train.steps")
+    planned = None if steps is None else int(steps)
     best = _best_held_out(run)
     return Summary(
         name=name,
@@ -118,8 +148,8 @@ def summary(run: Run, name: str) -> Summary:
         images=run_figures.images_seen(run),
         loss=run_figures.final_loss(run),
         held_out=best.get("validation/loss"),
-        held_out_error=_finite(best.get("validation/loss_se")),
-        held_out_step=best.get("step"),
+        held_out_error=finite(best.get("validation/loss_se")),
+        held_out_step=int(best["step"]) if best else None,
         scores=_scores(run.folder),
         speed=run_figures.pace(run)[0] or None,
         seconds=run_figures.training_seconds(run),
@@ -140,7 +170,7 @@ _FIELDS = {"steps": "done", "time": "seconds"}
 def ordered(runs: Sequence[Summary], sort: str, *, reverse: bool = False) -> list[Summary]:
     """Best, newest, most or first by name before the others; those without the number last."""
     scores = {name: score.better for run in runs for name, score in run.scores.items()}
-    if sort not in ORDERS and sort not in scores:
+    if runs and sort not in ORDERS and sort not in scores:
         known = ", ".join([*ORDERS, *scores])
         raise UserError(f"sort={sort}: give one of {known}")
     falls = (sort in _DESCENDING or scores.get(sort) == "more") != reverse
@@ -182,7 +212,8 @@ def _walk(folder: Path, depth: int, found: list[Path], skipped: list[str]) -> bo
     if any(entry.name in _FILES for entry in listed):
         found.append(folder)
         return True
-    folders = [e.name for e in listed if e.is_dir()]
+    # A link may lead back to where one has come from.
+    folders = [e.name for e in listed if e.is_dir(follow_symlinks=False)]
     folders = [name for name in sorted(folders) if not name.startswith(".")]
     if depth == _DEEP:
         return False
@@ -191,14 +222,15 @@ def _walk(folder: Path, depth: int, found: list[Path], skipped: list[str]) -> bo
     if depth == 0:
         alien = [name for name, one in zip(folders, has, strict=True) if not one]
         skipped += [f"{name} (no run)" for name in alien]
+        skipped += [f"{e.name} (a link)" for e in listed if e.is_symlink() and e.is_dir()]
     return any(has)
 
 
-def _fits(name: str, run: Run, wanted: str) -> bool:
+def _fits(run: Summary, wanted: str) -> bool:
     key, is_setting, value = wanted.partition("=")
     if not is_setting:
-        return wanted.lower() in name.lower()
-    there = run.setting(key)
+        return wanted.lower() in run.name.lower()
+    there = setting_of(run.settings, key)
     if isinstance(there, bool) or there is None:
         return value == {True: "true", False: "false", None: "null"}[there]
     if isinstance(there, int | float):
@@ -210,7 +242,7 @@ def _fits(name: str, run: Run, wanted: str) -> bool:
 
 
 def _best_held_out(run: Run) -> dict[str, Any]:
-    lines = [line for line in run.asides if _finite(line.get("validation/loss")) is not None]
+    lines = [line for line in run.asides if finite(line.get("validation/loss")) is not None]
     return min(lines, key=lambda line: line["validation/loss"], default={})
 
 
@@ -224,17 +256,12 @@ def _scores(folder: Path) -> dict[str, Score]:
                 str(score["title"]),
                 score["better"],
                 float(value["value"]),
-                _finite(value.get("low")),
-                _finite(value.get("high")),
+                finite(value.get("low")),
+                finite(value.get("high")),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             continue
     return found
-
-
-def _finite(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
 
 
 def _ended(folder: Path) -> float | None:

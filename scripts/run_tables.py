@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote
 
 from data.checks import many
 from eval.figures import number
 from eval.report import verdict_line, warning, write_page
 from scripts.run_listing import Score, Summary, moment
+from train import run_state
 from train.screens import duration
 
 _LEAST = ("base", "images", "loss", "method", "ended", "speed", "time")
 """Columns that a narrow terminal does without, the first first."""
 _LONG = 44  # characters of a name in the terminal
 _NAMED = 8  # folders that are said to be passed over
-_STATES = ("finished", "running", "interrupted", "stopped", "not begun")
 
 SCRIPT = """
 for (const table of document.querySelectorAll("table.listed")) {
@@ -96,7 +96,10 @@ def terminal(runs: Sequence[Summary], *, width: int | None) -> str:
 
 def summed(runs: Sequence[Summary]) -> str:
     """How many there are in each state."""
-    counts = [(sum(run.state.name == name for run in runs), name) for name in _STATES]
+    if not runs:
+        return "no runs"
+    names = get_args(run_state.Name)
+    counts = [(sum(run.state.name == name for run in runs), name) for name in names]
     return f"{many(len(runs), 'run')}: " + ", ".join(f"{n:,} {name}" for n, name in counts if n)
 
 
@@ -113,7 +116,7 @@ def write_list(
     path: Path, runs: Sequence[Summary], skipped: Sequence[str], *, title: str, wanted: str = ""
 ) -> None:
     """The page, whose columns sort where a script may run. wanted: what the list was cut to."""
-    said = f"{summed(runs)}{f', of those with {wanted}' if wanted else ''}."
+    said = f"{summed(runs).capitalize()}{f', of those with {wanted}' if wanted else ''}."
     write_page(
         path,
         title=title,

@@ -114,8 +114,15 @@ def list_(arguments: list[str]) -> None:
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     lines = [run_tables.terminal(runs, width=width), ""] if runs else []
-    lines += filter(None, [run_tables.summed(runs), run_tables.passed_over(skipped)])
+    said = run_tables.summed(runs) if runs else _none_in(config)
+    lines += filter(None, [said, run_tables.passed_over(skipped)])
     print("\n".join([*lines, *([str(config.output)] if config.output else [])]))
+
+
+def _none_in(config: ListConfig) -> str:
+    if config.filter:
+        return f"none of the runs in {config.root} fits {' and '.join(config.filter)}"
+    return f"no runs in {config.root}"
 
 
 def compare(arguments: list[str]) -> None:
@@ -136,6 +143,8 @@ def report(arguments: list[str]) -> None:
     from train import report as page
     from train.run_record import Run
 
+    if not config.run.is_dir():
+        raise UserError(f"run={config.run}: no such folder; give the output= of a training run")
     if run_listing.find(config.run)[0] != [config.run]:
         raise UserError(f"run={config.run} is no run directory: it holds no config.yaml")
     found = run_listing.summary(Run.read(config.run, {}, courses=False), "")
@@ -154,14 +163,21 @@ _TASKS: dict[str, Callable[[list[str]], None]] = {
 
 
 def _read(schema: type[S], arguments: Sequence[str], key: str) -> S:
-    """The configuration; arguments without `=` are of that key."""
-    plain = [word for word in arguments if "=" not in word and not word.startswith("-")]
+    """The configuration; arguments that set none of its keys are of that key."""
+    plain = [word for word in arguments if not word.startswith("-") and not _sets(schema, word)]
     if "--config" in arguments or not plain:
         return load(schema, arguments)
     if key != "runs" and len(plain) > 1:
         raise UserError(f"one {key} at a time: {plain[0]}, and not {plain[1]} too")
     value = json.dumps(plain) if key == "runs" else plain[0]
     return load(schema, [f"{key}={value}", *(word for word in arguments if word not in plain)])
+
+
+def _sets(schema: type[Section], word: str) -> bool:
+    """Whether it is key=value, be the key a mistyped one: a path may have a `=` in it too."""
+    key, is_setting, _ = word.partition("=")
+    is_path = "/" in key or Path(word).exists()
+    return bool(is_setting) and (key in schema.model_fields or not is_path)
 
 
 def _checked_page(path: Path | None) -> Path | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from train import screens
 from train.config import Section, UserError, command, load
 
 
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(found) if config.format == "json" else _line(found), flush=True)
     if config.format == "table":
         print(f"watermarks in {marked} of {count} pictures")
+    screens.done(config.pictures, pictures=count, marked=marked)
 
 
 def files(pictures: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from scripts import completion
-from train.config import UserError
+from train.config import ROOT, UserError
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,33 @@ def offered(script, line: str) -> list[str]:
         ("python scripts/init.py method=dream", ["dreambooth"]),
         ("python scripts/plan.py card", ["card="]),
         ("python train/lora.py --q", ["--quiet"]),
+        ("python scripts/runs.py re", ["report", "reverse="]),
+        ("python scripts/runs.py list so", ["sort="]),
+        ("python scripts/adapters.py merge precision=f", ["fp32", "fp16"]),
+        ("python scripts/sweep.py lora.ra", ["lora.rank=", "lora.rank_stabilised="]),
+        ("python eval/compare.py rating_kind=p", ["pair"]),
         ("python train/dreambooth.py --config configs/dreamb", ["configs/dreambooth.yaml"]),
         ("python elsewhere.py lora.r", []),
     ],
 )
 def test_bash_offers(script, line, words):
     assert offered(script, line) == words
+
+
+NOT_OFFERED = {"scripts/completion.py": "takes the name of a shell and no keys"}
+
+
+def test_every_command_is_offered():
+    files = [
+        file for folder in ("train", "eval", "scripts") for file in ROOT.glob(f"{folder}/*.py")
+    ]
+    commands = {
+        file.relative_to(ROOT).as_posix()
+        for file in files
+        if "\n    command(main)\n" in file.read_text()
+    }
+    assert commands - NOT_OFFERED.keys() == completion.ENTRIES.keys()
+    assert completion.TASKS.keys() <= completion.ENTRIES.keys()
 
 
 def test_the_script_is_bash_and_runs_no_python(script):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scripts import export
-from scripts.exporting import formats
+from scripts.exporting import formats, placing
 from tests.hub_stand_in import TOKEN, running
 from tests.runs import arguments, drawn, make_world
 from train import lora
@@ -246,7 +246,7 @@ def test_only_an_earlier_export_is_ever_replaced(run, world, tmp_path):
     assert (folder / "mine").exists() and (run / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("beside", ["owls.md", "owls.png", "owls.yaml", "owls-images"])
+@pytest.mark.parametrize("beside", ["owls.md", "owls.png", "owls-images"])
 def test_what_lies_beside_a_file_is_no_less_safe(run, tmp_path, beside):
     (tmp_path / beside).write_text("mine")
     with pytest.raises(UserError, match=f"{beside} is there already"):
@@ -254,10 +254,29 @@ def test_what_lies_beside_a_file_is_no_less_safe(run, tmp_path, beside):
     assert (tmp_path / beside).read_text() == "mine"
 
 
+def test_a_configuration_of_the_same_name_stays_as_it_is(run, tmp_path):
+    """`scripts/init.py output=my/cat.yaml`, and then an export to my/cat.safetensors."""
+    name, own = "owls.safetensors", tmp_path / "owls.yaml"
+    own.write_bytes(b"model: {path: base}\r\n")
+    exported(run, tmp_path, "format=kohya", name=name)
+    exported(run, tmp_path, "format=kohya", "overwrite=true", name=name)
+    assert "owls.yaml" not in placing.files(tmp_path / name, "kohya")
+    with pytest.raises(UserError, match="owls.yaml is not of an export"):
+        exported(run, tmp_path, "format=single_file", "overwrite=true", name=name)
+    assert own.read_bytes() == b"model: {path: base}\r\n"
+    (alone := tmp_path / "alone.yaml").touch()
+    with pytest.raises(UserError, match="alone.yaml is there already"):
+        exported(run, tmp_path, "format=single_file", name=alone.with_suffix(".safetensors").name)
+
+
 def test_nothing_of_an_earlier_export_stays_beside_a_file(run, tmp_path):
     name = "owls.safetensors"
     exported(run, tmp_path, "format=single_file", name=name)
     assert (tmp_path / "owls.yaml").exists()
+    exported(run, tmp_path, "format=single_file", "card=false", "overwrite=true", name=name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, "owls.yaml"]
+    (tmp_path / "owls.yaml").unlink()
+    exported(run, tmp_path, "format=kohya", "overwrite=true", name=name)
     exported(run, tmp_path, "format=kohya", "card=false", "overwrite=true", name=name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import textwrap
 
 import numpy as np
@@ -120,7 +121,16 @@ def test_the_source_leaves_other_folders_alone(world, folders):
 
     assert add_source.by_folder(list_folder(world / "pictures"), None) is None
     assert add_source.by_folder(list_folder(folders), "a default") is None
-    next(folders.glob("*/*.png")).rename(folders / "outside.png")
+    outside = next(folders.glob("*/*.png")).rename(folders / "outside.png")
+    assert add_source.by_folder(list_folder(folders), None) is None
+    outside.unlink()
+    assert add_source.by_folder(list_folder(folders), None) is not None
+    (folders / "blue star").rename(folders / "Images")  # which no picture shows
+    assert add_source.by_folder(list_folder(folders), None) is None
+    shutil.rmtree(folders / "Images")  # and one folder alone is named for who knows what
+    assert add_source.by_folder(list_folder(folders), None) is None
+    shutil.rmtree(folders)
+    folders.mkdir()
     assert add_source.by_folder(list_folder(folders), None) is None
 
 
@@ -142,6 +152,15 @@ def test_the_metric_is_the_papers():
     halves = np.zeros((2, 2, 3), np.uint8)
     halves[0, :, 0], halves[1, :, 1] = 200, 200  # rg = 200 and -200, yb = 100
     assert add_metric.colourfulness(halves) == pytest.approx(200 + 0.3 * 100)
+
+
+def test_a_metric_takes_no_other_s_name():
+    """Fails where one called fid stands in the place of the project's."""
+    other = add_metric.score
+    assert measuring._new({"colourfulness": other}, {"fid": other})
+    for name in ("fid", "copies"):
+        with pytest.raises(ValueError, match=f"called {name}, as another score is: rename it"):
+            measuring._new({name: other}, {"fid": other})
 
 
 @pytest.mark.slow

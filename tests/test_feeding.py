@@ -12,6 +12,7 @@ from tests.hf_sets import parquet
 from tests.runs import arguments, finish, launch, make_world
 from train import lora, pictures
 from train.config import LoraRun, UserError, load
+from train.node_caches import share_of
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +185,14 @@ def streamed(shards: Path, folder: Path, *overrides: str) -> list[str]:
 
 
 def test_a_streamed_set_trains_and_passes_once(world, shards, tmp_path, monkeypatch, capsys):
-    one = run(world, tmp_path / "one", *streamed(shards, tmp_path))
+    probed = []
+    monkeypatch.setattr(
+        "train.feeding.share_of", lambda *given: probed.append(1) or share_of(*given)
+    )
+    held_out = f"validation.path={world / 'pictures'}"
+    one = run(world, tmp_path / "one", *streamed(shards, tmp_path, held_out))
     assert "3 shards" in capsys.readouterr().out
+    assert probed == [1]  # for the stream, latents, captions and held-out pictures
     assert dataset(tmp_path / "one")["pictures"] == 0  # when it began; they are counted later
     monkeypatch.setattr(
         "data.streaming.stream_unit", lambda *_, **__: pytest.fail("streamed again")

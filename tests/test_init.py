@@ -1,6 +1,8 @@
 """scripts/init.py: three kinds of folders, each to a configuration that trains at once."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from data import toy
 from scripts import init
 from scripts.initial import choosing, looking, writing
+from scripts.planning import SCHEMAS
 from tests.folders import picture
 from train import dreambooth, lora
 from train.config import LoraRun, UserError, load
@@ -145,17 +148,67 @@ def test_on_a_terminal_it_asks_and_takes_what_is_proposed(subject, tmp_path, mon
     assert len(asked) == 4 and "dreambooth" in asked[0]
 
 
-def test_the_quickest_way_that_fits_the_card_is_taken(style, monkeypatch):
-    found = looking.pictures(str(style))
+def a_card(style: Path, gib: float, method: choosing.Method = "lora") -> choosing.Answers:
     base = looking.Base(looking.SD21, 768, False)
-    answers = choosing.Answers(found, base, "lora", "owl", 12.0, "a")
-    peaks = iter([13.0, 11.0])
-    monkeypatch.setattr(init, "peak", lambda *_: next(peaks))
-    way, fits = init.fitting(answers, [])
-    assert fits and ("train.micro_batch_size", 1) in [one[:2] for one in way]
+    return choosing.Answers(looking.pictures(str(style)), base, method, "owl", gib, "a")
+
+
+def planned(answers, settings) -> float:
+    """About what the planner says of a LoRA on SD 2.1 at 768 px, GiB."""
+    keys = {one.key: one.value for one in settings}
+    each = 0.57 if "train.gradient_checkpointing" in keys else 2.58
+    saved = 0.3 * ("optim.name" in keys) + 0.1 * ("train.quantize" in keys)
+    training = 2.3 + each * keys["train.micro_batch_size"] - saved
+    return max(training, 3.6 if "data.cache_batch_size" in keys else 7.8)
+
+
+@pytest.mark.parametrize(
+    "gib, micro, more",
+    [
+        (40, 8, set()),
+        (24, 4, set()),
+        (12, 2, set()),
+        (8, 1, {"data.cache_batch_size"}),
+        (5.2, 4, {"data.cache_batch_size", "train.gradient_checkpointing"}),
+        (4.1, 2, {"data.cache_batch_size", "train.gradient_checkpointing"}),
+    ],
+)
+def test_the_quickest_way_that_fits_the_card_is_taken(style, monkeypatch, gib, micro, more):
+    asked = []
+    monkeypatch.setattr(init, "peak", lambda *given: asked.append(1) or planned(*given))
+    answers = a_card(style, gib)
+    way, taken = init.fitting(answers, [])
+    chosen = {one.key: one for one in way}
+    assert chosen["train.micro_batch_size"].value == micro
+    assert chosen.keys() == {"train.mixed_precision", "train.micro_batch_size", *more}
+    assert taken == planned(answers, way) <= init.MARGIN * gib and len(asked) <= 4
+    assert f"{taken:.1f} of {gib:g} GiB" in chosen["train.micro_batch_size"].why
+
+
+def test_where_nothing_fits_the_smallest_is_taken_and_said(style, monkeypatch):
     monkeypatch.setattr(init, "peak", lambda *_: 100.0)
-    way, fits = init.fitting(answers, [])
-    assert not fits and ("train.quantize", "nf4") in [one[:2] for one in way]
+    way, taken = init.fitting(a_card(style, 12), [])
+    assert taken == 100 and ("train.quantize", "nf4") in [one[:2] for one in way]
+    assert "100.0 of 12 GiB" in next(one.why for one in way if one.key == choosing.AT_ONCE)
+
+
+@pytest.mark.parametrize("method", ["lora", "dreambooth", "textual_inversion", "full"])
+def test_every_way_is_of_keys_that_the_method_has(style, method):
+    for way in choosing.ladder(a_card(style, 12, method)):
+        words = [
+            *writing.values(choosing.settings(a_card(style, 12, method))),
+            *writing.values(way),
+        ]
+        load(SCHEMAS[method], words)
+
+
+@pytest.mark.slow
+def test_the_planner_is_asked_of_the_whole_configuration(style):
+    """Of the toy base, as if it were none."""
+    base = looking.Base("data/assets/toy-base", 128, False)
+    answers = dataclasses.replace(a_card(style, 12), base=base)
+    run, ways = list(choosing.settings(answers)), choosing.ladder(answers)
+    assert init.peak(answers, [*run, *ways[0]]) > init.peak(answers, [*run, *ways[-2]]) > 0.5
 
 
 def test_without_pictures_the_key_is_named(tmp_path):
@@ -198,3 +251,38 @@ def test_values_survive_yaml_and_the_command_line():
     config = load(LoraRun, ["output=x", "data.path=y", *writing.values([one])])
     assert config.preview.prompts == one.value
     assert text.startswith("# head\n")
+
+
+@pytest.mark.parametrize("base", ["/no/such", "./none", "~/none", "a/b/c", "none.safetensors"])
+def test_a_base_that_is_not_there_is_no_hub_id(base):
+    with pytest.raises(UserError, match="no such folder or file"):
+        looking.base(base)
+    assert looking.base("somebody/a-model").path == "somebody/a-model"
+
+
+def test_commands_are_words_of_a_shell(style, tmp_path, capsys):
+    written(style, tmp_path / "my photos.yaml")
+    said = capsys.readouterr().out
+    assert f"--config '{tmp_path}/my photos.yaml'" in said
+    assert "'output=prepared/my photos' held_out=0.1" in said
+    assert "'data.path=prepared/my photos/train'" in said and "validation.every=40" in said
+
+
+def test_pictures_held_out_beside_are_found(style, tmp_path, capsys):
+    held_out = tmp_path / "prepared/held-out"
+    shutil.copytree(style, tmp_path / "prepared/train")
+    toy.write_pictures(held_out, 3, seed=9)
+    made = written(tmp_path / "prepared/train", tmp_path / "a.yaml")
+    assert made["evaluation"]["path"] == str(held_out)
+    assert made["validation"]["every"] == made["train"]["steps"] // 10
+    assert "held_out=0.1" not in capsys.readouterr().out
+    lora.main([*begun(tmp_path, "a"), "dry_run=true"])
+    assert f"3 of 3 pictures in {held_out}, every 40 steps" in capsys.readouterr().out
+
+
+def test_many_pictures_without_captions_are_no_captioned_style():
+    found = looking.Pictures("x", 40, 0, [], 512, (1.0, 1.0), 0, [], "")
+    assert choosing.method_for(found) == (
+        "lora",
+        "40 pictures without captions: a style sooner than a subject",
+    )

@@ -22,6 +22,7 @@ from tests.runs import ROOT, arguments, make_world
 
 FOLDER = ROOT / "scripts/kubernetes"
 JOBS = ("pytorchjob.yaml", "torchrun.yaml")
+VOLUME = "volume.yaml"
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
 Quantity = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(m|[KMGTPE]i?)?$")]
 
@@ -123,6 +124,27 @@ class Spec(Form):
     pytorchReplicaSpecs: Replicas
 
 
+class HelperContainer(Form):
+    name: Name
+    image: str
+    command: list[str]
+    volumeMounts: list[Mount]
+
+
+class HelperSpec(Form):
+    restartPolicy: Literal["Never"]
+    securityContext: Security
+    containers: list[HelperContainer] = Field(min_length=1)
+    volumes: list[Volume]
+
+
+class Helper(Form):
+    apiVersion: Literal["v1"]
+    kind: Literal["Pod"]
+    metadata: Metadata
+    spec: HelperSpec
+
+
 class PyTorchJob(Form):
     apiVersion: Literal["kubeflow.org/v1"]
     kind: Literal["PyTorchJob"]
@@ -147,8 +169,14 @@ def documents(name):
 
 
 def job_of(name):
-    (found,) = [one for one in documents(name) if one["kind"] == "PyTorchJob"]
+    """The only thing in the file: what else were there would be deleted with the job."""
+    (found,) = documents(name)
     return PyTorchJob.model_validate(found)
+
+
+def claim():
+    (found,) = documents(VOLUME)
+    return VolumeClaim.model_validate(found)
 
 
 def pods(name):
@@ -156,11 +184,33 @@ def pods(name):
     return [one for one in (replicas.Master, replicas.Worker) if one is not None]
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_a_manifest_has_the_form_that_the_operator_asks_for(name):
-    forms = {"PyTorchJob": PyTorchJob, "PersistentVolumeClaim": VolumeClaim}
-    for document in documents(name):
-        forms[document["kind"]].model_validate(document)
+def test_each_manifest_holds_one_thing_of_the_form_that_is_asked_for():
+    """Fails where two jobs have one name, or the volume is deleted with a job."""
+    assert claim().metadata.name == "atelier"
+    (helper,) = documents("files.yaml")
+    names = [job_of(name).metadata.name for name in JOBS]
+    assert len({*names, Helper.model_validate(helper).metadata.name}) == 3
+
+
+def test_the_volume_is_filled_by_a_pod_like_those_of_the_jobs():
+    (helper,) = documents("files.yaml")
+    pod = Helper.model_validate(helper).spec
+    job = pods(JOBS[0])[0].template.spec
+    assert pod.securityContext == job.securityContext
+    assert pod.containers[0].image == job.containers[0].image
+    (volume,) = pod.volumes
+    assert volume.persistentVolumeClaim == Claim(claimName=claim().metadata.name)
+    assert {mount.mountPath for mount in pod.containers[0].volumeMounts} == {"/atelier"}
+
+
+def test_the_page_goes_on_with_the_job_that_the_manifest_makes():
+    """Applied over a job that has ended, a manifest does nothing."""
+    page = (ROOT / "docs/cluster.md").read_text("utf-8")
+    for name in JOBS:
+        again = f"kubectl delete pytorchjob {job_of(name).metadata.name} && kubectl apply -f "
+        assert f"{again}scripts/kubernetes/{name}" in (FOLDER / name).read_text("utf-8")
+    assert f"kubectl delete pytorchjob {job_of(JOBS[0]).metadata.name} && kubectl apply" in page
+    assert "kubectl delete -f" not in page and "kubectl delete pvc" not in page
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -172,8 +222,7 @@ def test_every_pod_is_like_the_others_and_has_what_it_mounts(name):
     shared = {volume.emptyDir.medium for volume in pod.volumes if volume.emptyDir}
     assert shared == {"Memory"}  # for the loader's workers
     (claimed,) = [v.persistentVolumeClaim for v in pod.volumes if v.persistentVolumeClaim]
-    claims = [one["metadata"]["name"] for one in documents(JOBS[0]) if "accessModes" in one["spec"]]
-    assert [claimed.claimName] == claims
+    assert claimed.claimName == claim().metadata.name
     # A port of this name is where the operator makes MASTER_PORT of.
     assert [port.name for port in container.ports] == ["pytorchjob-port"]
     assert container.resources.limits["nvidia.com/gpu"]
@@ -193,10 +242,12 @@ def test_there_is_time_to_save():
 
 def test_restarts_follow_the_exit_codes():
     """ExitCode: 1 to 127 end the job, 128 and above start the pod again."""
-    from train.stopping import SIGNALS
+    from train.stopping import SIGNALS, Interrupted
 
     assert {replica.restartPolicy for replica in pods("pytorchjob.yaml")} == {"ExitCode"}
-    assert all(128 + number >= 128 for number in SIGNALS)
+    assert {Interrupted(number).code for number in SIGNALS} == {129, 130, 138, 143}
+    page = (ROOT / "docs/cluster.md").read_text("utf-8")
+    assert "| 143, 138 | asked to end" in page  # by the node, by a queue; the others are a person's
     # torchrun's code says nothing, so how often is limited.
     assert {replica.restartPolicy for replica in pods("torchrun.yaml")} == {"OnFailure"}
     assert job_of("torchrun.yaml").spec.runPolicy.backoffLimit
@@ -238,11 +289,33 @@ def test_torchruns_line_is_one_that_torchrun_takes():
 
 def test_the_dockerfile_makes_what_the_job_starts():
     text = (FOLDER / "Dockerfile").read_text("utf-8")
-    copied = set(re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE))
+    copied = re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)
+    assert copied[-1] == "."
     for word in " ".join(copied).split():
         assert word == "." or (ROOT / word).exists(), word
+    # Installed without the packages that pyproject.toml names, it would not be.
+    assert text.index("COPY . .") < text.index("--editable .")
     (container,) = pods("pytorchjob.yaml")[0].template.spec.containers
     assert f"WORKDIR {container.workingDir}" in text and "ENV PATH=/app/.venv/bin" in text
+
+
+def test_the_dockerfile_installs_what_the_project_needs():
+    text = (FOLDER / "Dockerfile").read_text("utf-8")
+    (program,) = re.findall(r"python -c '(.*)' > needed.txt", text)
+    said = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "torch>=" in said.stdout and len(said.stdout.splitlines()) > 10
+
+
+def test_the_image_is_made_without_what_lies_in_the_working_tree():
+    """Fails where the image would have another machine's environment, or somebody's runs."""
+    lines = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    left_out = {line.removeprefix("**/") for line in lines if not line.startswith("#")}
+    ignored = (ROOT / ".gitignore").read_text("utf-8").split()
+    assert {name.rstrip("/") for name in ignored} | {".git"} <= left_out
+    shipped = {"README.md", "LICENSE", "pyproject.toml", "train", "data", "configs", "docs"}
+    assert not left_out & shipped
 
 
 @pytest.mark.slow

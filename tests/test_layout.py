@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -77,6 +78,16 @@ def test_the_walk_sees_what_there_is():
     assert {"train.lora", "train.full", "eval.evaluate", "scripts.generate"} <= entries()
     assert "train.config" in ours(MODULES["train.plan"])
     assert "train.models" in ours(MODULES["train.lora"])  # imported inside main
+
+
+def test_every_package_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found = {
+        ".".join(file.parent.relative_to(ROOT).parts)
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("__init__.py")
+    }
+    assert set(project["tool"]["setuptools"]["packages"]) == found
 
 
 def test_config_imports_nothing_of_ours():

@@ -20,11 +20,15 @@ def test_one_process_fills_all(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def joined(monkeypatch, others, *, folder):
+def joined(monkeypatch, others, *, folder, rank=0):
     """A process of two; `others` is what the other one tells."""
+
+    def told(own):
+        return [*own, others] if rank == 0 else [others, *own]
+
     monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda names: names)
-    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, others])
-    process = SimpleNamespace(process_index=0, num_processes=2, wait_for_everyone=lambda: None)
+    monkeypatch.setattr("accelerate.utils.gather_object", told)
+    process = SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=lambda: None)
     return share_of(folder, process)
 
 
@@ -46,6 +50,13 @@ def test_two_that_do_not_agree_fail_the_run(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "exists", lambda self: True)
     with pytest.raises(RunFailed, match="shared by some processes"):
         joined(monkeypatch, (True, [1]), folder=tmp_path)
+
+
+def test_the_one_that_sees_no_other_fails_with_it(monkeypatch, tmp_path):
+    """Fails where it goes on, into a meeting that the other one does not come to."""
+    with pytest.raises(RunFailed, match="shared by some processes"):
+        joined(monkeypatch, (True, [0, 1]), folder=tmp_path, rank=1)
+    assert not list(tmp_path.iterdir())
 
 
 def entries(folder):

@@ -126,6 +126,13 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(
 # The best
 
 
+def test_previews_of_the_best_are_shown_on_dashboards_too(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Trackers, "previews", lambda self, step, previews: shown.append(step))
+    run(tmp_path, method=Pictured(), preview={"every": 3}, validation={"every": 2})
+    assert shown == [3, 6, 8, BEST]
+
+
 @pytest.mark.parametrize("use_best", [False, True])
 @pytest.mark.parametrize(
     "kind", [{}, {"train": {"ema_decay": 0.5}}, {"optim": {"name": "schedule_free"}}]

@@ -286,7 +286,7 @@ def test_time_is_of_what_was_logged(run):
     log(run, [line(10), line(20), line(30), line(40)])
     parts = {part.name: part.seconds for part in run_figures.time_spent(Run.read(run, {}))}
     assert parts == {"Training steps": pytest.approx(15.84), "Previews": 60.0}
-    assert "Where the time went" in Page(run).text
+    assert "by the log and what it has recorded" in Page(run).text
 
 
 def test_time_that_was_not_logged_is_what_lies_between_the_files(run):
@@ -324,6 +324,63 @@ def test_a_finished_run_says_how_its_result_is_used(run, name):
     log(run, [line(10)])
     text = Page(run).text
     assert f"accelerate launch train/{name}.py --config" in text and "export.py" not in text
+
+
+def of_method(run, **more):
+    """The run as if its configuration had this too."""
+    (run / "config.yaml").write_text(
+        yaml.safe_dump(CONFIG | {"model": {"path": "some/base"}} | more)
+    )
+    return Run.read(run, {})
+
+
+def saved_scheduler(run, name="DDIMScheduler"):
+    (run / "adapter/scheduler").mkdir(parents=True)
+    content = json.dumps({"_class_name": name})
+    (run / "adapter/scheduler/scheduler_config.json").write_text(content)
+
+
+PIVOTAL = {"textual_inversion": {"tokens": [{"token": "<owl>"}]}, "lora": {"rank": 4}}
+
+
+@pytest.mark.parametrize(("token", "file"), [("<owl>", "owl"), ("<My-Run>", "My-Run-word")])
+def test_the_word_and_the_lora_of_one_run_are_exported_to_two_files(run, token, file):
+    found = of_method(run, **PIVOTAL | {"textual_inversion": {"tokens": [{"token": token}]}})
+    (way,) = [way for way in using.ways(found) if "export.py" in way.lines]
+    outputs = re.findall(r"output=(\S+)", way.lines)
+    assert outputs == [f"{file}.safetensors", "my-run.safetensors"]
+
+
+def test_a_result_is_drawn_with_the_scheduler_that_it_was_trained_with(run):
+    """Fails where a zero terminal SNR is sampled as the base is, into washed-out pictures."""
+    model = {"path": "some/base", "revision": "fp16"}
+    lines = _with_diffusers(of_method(run, **PIVOTAL, model=model))
+    assert lines[0] == "from diffusers import DDIMScheduler, DiffusionPipeline"
+    assert lines[1].endswith('from_pretrained("some/base", revision="fp16")')
+    assert lines[2].startswith("pipeline.scheduler = DDIMScheduler.from_pretrained(")
+    assert lines[-1] == 'pipeline("a cat").images[0].save("picture.png")' and len(lines) == 6
+    saved_scheduler(run, "EulerDiscreteScheduler")
+    (run / "manifest.json").write_text('{"gpus": ["H200"], "base": {"family": "SD 2 depth"}}')
+    lines = _with_diffusers(of_method(run, lora={"rank": 4}))
+    assert lines[0] == "from diffusers import DiffusionPipeline, EulerDiscreteScheduler"
+    assert lines[1].endswith('.to("cuda")') and "load_lora_weights" in lines[-1]  # no picture given
+    (run / "adapter/scheduler/scheduler_config.json").unlink()
+    assert "Scheduler" not in "".join(_with_diffusers(of_method(run, lora={"rank": 4})))
+
+
+def _with_diffusers(found):
+    (way,) = [way for way in using.ways(found) if way.title == "With diffusers"]
+    compile(way.lines, "snippet", "exec")
+    return way.lines.splitlines()
+
+
+def test_a_run_goes_on_with_the_entry_that_began_it(run):
+    assert using.continued(Run.read(run, {})) is None
+    assert "launch train/lora.py --config" in using.continued(of_method(run, lora={})).lines
+    (run / "manifest.json").write_text('{"entry": "docs/examples/add_source.py"}')
+    command = f"accelerate launch docs/examples/add_source.py --config {run / 'config.yaml'}"
+    assert using.continued(of_method(run, lora={})).lines == command
+    assert using.continued(of_method(run)).lines == command  # of a method that is not the project's
 
 
 def test_a_killed_run_is_told_to_be_one(run):

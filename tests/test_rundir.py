@@ -41,6 +41,22 @@ def test_the_written_configuration_repeats_the_run(tmp_path):
     assert manifest["packages"]["torch"] and manifest["python"]
 
 
+@pytest.mark.parametrize(
+    ("program", "entry"),
+    [
+        (str(rundir.ROOT / "docs/examples/add_source.py"), "docs/examples/add_source.py"),
+        ("mine/entry.py", "mine/entry.py"),
+        ("-c", None),
+        ("lib/site-packages/ipykernel_launcher.py", None),
+    ],
+)
+def test_the_manifest_names_the_entry(tmp_path, monkeypatch, program, entry):
+    monkeypatch.setattr("sys.argv", [program, "train.steps=7"])
+    monkeypatch.chdir(tmp_path)
+    rundir.create(config(tmp_path / "run"), {})
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["entry"] == entry
+
+
 def test_a_run_is_finished_once_its_result_and_last_checkpoint_are_there(tmp_path):
     wanted = config(tmp_path)
     rundir.create(wanted, {})

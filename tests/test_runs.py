@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from scripts import run_comparison, run_listing, run_tables, runs
+from scripts import run_comparison, run_comparison_page, run_listing, run_tables, runs
 from tests import pages
 from tests.evaluated import evaluated
 from tests.test_run_report import line, log, validate
@@ -90,9 +91,35 @@ def test_the_list_is_sorted_and_filtered(root, capsys):
     assert names("sort=fid")[0] == "one"
     assert names("filter=lora.rank=16") == ["sweep/two"]
     assert names("filter=[SWEEP, lora.alpha=4, train.mixed_precision=no]") == ["sweep/two"]
-    assert names("filter=lora.rank=5") == []
+    assert names("filter=lora.rank=5") == [] == names("filter=lora.rank=5", "sort=fid")
+    assert "none of the runs in" in told(capsys, "list", root, "filter=lora.rank=5")
     with pytest.raises(UserError, match="sort=luck: give one of name, .*held_out.*fid"):
         names("sort=luck")
+    with pytest.raises(UserError, match="no run has a setting lora.rnak; the nearest is lora.rank"):
+        names("filter=lora.rnak=16")
+
+
+def test_a_folder_without_runs_is_said_to_have_none(tmp_path, capsys):
+    page = tmp_path / "list.html"
+    said = told(capsys, "list", tmp_path, "filter=lora.rank=16", f"output={page}")
+    assert "none of the runs" in said and "No runs, of those" in page.read_text(encoding="utf-8")
+    assert told(capsys, "list", tmp_path).startswith(f"no runs in {tmp_path}")
+
+
+def test_no_link_is_followed(root, capsys):
+    (root / "again").symlink_to(root)
+    (root / "sweep/best").symlink_to("two")
+    said = told(capsys, "list", root)
+    assert "3 runs:" in said and "again (a link)" in said
+
+
+def test_every_state_is_counted(tmp_path, capsys):
+    """Fails where a state is named in one place and not in the other."""
+    (made(tmp_path / "bad", steps=20) / "failed.json").write_text('{"error": "no space"}')
+    made(tmp_path / "stopped", steps=20)
+    made(tmp_path / "new", steps=0)
+    said = told(capsys, "list", tmp_path)
+    assert "3 runs: 1 failed, 1 stopped, 1 not begun" in said
 
 
 def test_json_has_every_number(root, capsys):
@@ -140,6 +167,46 @@ def test_whatever_a_folder_holds_the_list_is_made(tmp_path, content, capsys):
     (folder / "eval").mkdir()
     (folder / "eval/metrics.json").write_text('{"scores": {"fid": {"values": {"finetuned": []}}}}')
     assert "good" in told(capsys, "list", tmp_path)
+
+
+ODD_LINES = [
+    {"step": None, "loss": 0.1},
+    {"step": "20", "validation/loss": 0.3},
+    {"step": True, "loss": 0.1},
+    {"step": float("nan"), "loss": 0.1},
+    {"step": 10**400, "loss": 0.1},
+    {"step": 40, "loss": "low", "epoch": True, "images_per_second": None},
+]
+ODD_SETTINGS = [
+    {"train": {"steps": "40", "batch_size": "8", "clip_norm": "1"}},
+    {"train": {"steps": 1e400, "clip_norm": True}, "preview": {"prompts": 3}},
+]
+
+
+@pytest.mark.parametrize("odd", [*ODD_LINES, *ODD_SETTINGS], ids=str)
+def test_whatever_its_files_say_a_run_is_listed_compared_and_reported(tmp_path, odd, capsys):
+    folders = [tmp_path / "good", tmp_path / "odd"]
+    made(folders[0])
+    made(folders[1], **(odd if "step" not in odd else {}))
+    with (folders[1] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(odd) + "\n")
+    found = json.loads(told(capsys, "list", tmp_path, "json=true"))
+    assert {run["name"] for run in found["runs"]} == {"good", "odd"}
+    assert {run["done"] for run in found["runs"]} == {40}
+    told(capsys, "compare", *folders)
+    assert told(capsys, "report", folders[1])
+
+
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_listed(root, capsys, monkeypatch):
+    def torn(run, name):
+        if name == "one":
+            raise ValueError("torn")
+        return summary(run, name)
+
+    summary = run_listing.summary
+    monkeypatch.setattr(run_listing, "summary", torn)
+    said = told(capsys, "list", root)
+    assert "2 runs:" in said and "one (cannot be read: torn)" in said
 
 
 # States
@@ -210,18 +277,57 @@ def test_pictures_of_the_same_prompt_and_seed_are_put_side_by_side(tmp_path):
     two = made(tmp_path / "two", prompts=("a cow", "a dog", "a cat"))
     (shared,) = run_comparison.shared_previews(run_comparison.Compared.read([one, two]))
     assert (shared.prompt, shared.seed) == ("a dog", 8)
-    assert [path.parent.parent.parent.name for path in shared.pictures] == ["one", "two"]
+    assert [(label, path.parents[2].name) for label, path in shared.pictures] == [
+        ("one, step 40", "one"),
+        ("two, step 40", "two"),
+    ]
+    assert shared.bases == [("base", one / "previews/base/01.png")]
+
+
+def test_pictures_are_those_of_the_weights_that_a_run_ends_with(tmp_path):
+    one, two = made(tmp_path / "one"), made(tmp_path / "two", validation={"use_best": True})
+    (two / "checkpoints").mkdir()
+    (two / "checkpoints/best.json").write_text('{"step": 1200}')
+    shutil.copytree(two / "previews/step-00000040", two / "previews/step-00001200")
+    shutil.copytree(two / "previews/step-00000040", two / "previews/step-00009000")
+    first, _ = run_comparison.shared_previews(run_comparison.Compared.read([one, two]))
+    assert [label for label, _ in first.pictures] == ["one, step 40", "two, step 1,200"]
+
+
+@pytest.mark.parametrize(
+    ("more", "base", "same"),
+    [
+        ({}, "another", True),
+        ({"preview": {"prompts": ["a cat"], "seed": 7, "steps": 4}}, "its", True),
+        ({"preview": {"prompts": ["a cat"], "seed": 7, "resolution": 96}}, "its", False),
+    ],
+)
+def test_a_base_is_that_of_all_only_where_it_is(tmp_path, more, base, same):
+    folders = [made(tmp_path / "one"), made(tmp_path / "two", **more)]
+    for folder, weights in zip(folders, ("its", base), strict=True):
+        (folder / "manifest.json").write_text(json.dumps({"base": {"sha256": {"unet": weights}}}))
+    compared = run_comparison.Compared.read(folders)
+    first = run_comparison.shared_previews(compared)[0]
+    assert [label for label, _ in first.bases] == ["base of one", "base of two"]
+    run_comparison_page.write(compared, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "base of two" in text and "two, step 40" in text
+    assert ("the same noise" in text) == same
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["compare", "a"], "two to 8 different runs"),
-        (["compare", "a", "a"], "two to 8 different runs"),
+        (["compare", "a"], "give two to 8 runs, not 1"),
+        (["compare", "a", "a"], "a is given more than once"),
+        (["compare", "a", "cache/../a"], "is given more than once"),
         (["compare", "a", "cache"], "cache holds no config.yaml of a run"),
         (["compare", "a", "b", "output=x.png"], "ends in .html"),
         (["list", "nowhere"], "no such folder"),
+        (["list", "sotr=loss"], "unknown key 'sotr'"),
         (["report", "cache"], "no run directory"),
+        (["report", "missing"], "run=missing: no such folder"),
+        (["report", "runs/rank=4"], "run=runs/rank=4: no such folder"),
         (["remove", "a"], "none of list, compare, report"),
     ],
 )
@@ -241,6 +347,19 @@ def test_the_report_of_a_killed_run_is_made_at_any_time(tmp_path, capsys):
     said = told(capsys, "report", folder)
     assert said.splitlines() == ["stopped at step 20 of 40", str(folder / "report.html")]
     assert "Stopped: 20 of 40 steps" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_that_was_killed_before_its_result_is_not_finished(tmp_path, capsys):
+    folder = made(tmp_path / "lr=1e-4")
+    (folder / "adapter").rmdir()
+    assert told(capsys, "report", folder).startswith("stopped at step 40 of 40")
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Stopped: 40 of 40 steps" in text and "How to go on" in text
+    assert "load_lora_weights" not in text
+    (folder / "adapter").mkdir()
+    told(capsys, "report", folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Finished: 40 of 40 steps" in text and "load_lora_weights" in text
 
 
 def test_pages_are_well_formed_escaped_and_fetch_nothing(root, capsys, tmp_path):

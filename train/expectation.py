@@ -1,29 +1,31 @@
 """What a run will take, about, for its first screen; scripts/plan.py says it in full.
 
-The time is that of the UNet's arithmetic at a share of the device's rate; on a CPU both are found
-in a moment, without importing anything heavy. A run of a minute or more is also told its memory, by
-a rehearsal that takes seconds (train/footprint.py).
+The time is that of the UNet's arithmetic at a share of the device's rate; both are found in a
+moment, without importing anything heavy. A run of a minute or more is also told its memory, once,
+before it begins: by a rehearsal that takes seconds (train/footprint.py).
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from math import prod
 from typing import Literal
 
 import numpy as np
 
-from train import base_layers, flops, screens
+from train import base_layers, flops, rundir, screens
 from train.config import RunConfig
 from train.pictures import Pictures
 
 SHARE = 0.35
 """Of a device's peak rate that training is taken to reach, as in scripts/plan.py; an assumption."""
+_WORTH_TELLING = 5.0  # seconds of training
 _WORTH_REHEARSING = 60.0  # seconds of training
 _ACCURACY = 2  # digits: more would be a promise
 _SIDE, _ROUNDS = 512, 12  # of the product that a CPU is measured with
@@ -32,12 +34,15 @@ _PIXELS = 8  # that a latent is wide
 
 def of(config: RunConfig, found: Pictures) -> list[str]:
     """A line, or none where nothing can be told: a base of unusual blocks, a card that is not
-    known, pictures still to be streamed."""
+    known, pictures still to be streamed; nor for what is over at once."""
     if not len(found.sizes):
         return []
-    card = gpu_name()
-    said = _on_cpu(config, found) if card is None else _on_gpu(config, found, card)
-    return [said] if said else []
+    card, parts = gpu_name(), []
+    # It is only told: no run shall end for it.
+    with suppress(Exception), screens.working("foreseeing its time and memory"):
+        for part in _parts(config, found, card):
+            parts.append(part)
+    return [f"about {' and '.join(parts)} on {card or 'this CPU'}"] if parts else []
 
 
 def gpu_name() -> str | None:
@@ -55,59 +60,46 @@ def gpu_name() -> str | None:
     return next(iter(done.stdout.strip().splitlines()), None)
 
 
-def _on_cpu(config: RunConfig, found: Pictures) -> str | None:
-    layers = base_layers.of_base(config.model)
+def _parts(config: RunConfig, found: Pictures, card: str | None) -> Iterator[str]:
+    """Of the time and of the memory, what can be told."""
+    seconds = training_seconds(config, found, card)
+    if seconds is not None and seconds >= _WORTH_TELLING:
+        yield f"{screens.duration(rounded(seconds))} of training"
+    is_long = card is not None if seconds is None else seconds >= _WORTH_REHEARSING
+    if is_long and rundir.newest(config.output) is None:  # what is resumed has shown what it takes
+        yield f"{_peak(config, found, card) / 2**30:.1f} GiB of memory at most"
+
+
+def training_seconds(config: RunConfig, found: Pictures, card: str | None) -> float | None:
+    """By the UNet's arithmetic: the text encoder's share is small. None where it cannot be told."""
+    layers, train = base_layers.of_base(config.model), config.train
     if layers is None:
         return None
-    forward = unet_flops(layers["unet"], mean_size(found))
-    work = flops.Work(forward, 0.0, 0.0, 0.0)  # the text encoder's share is small
-    seconds = _training_seconds(config, work, cpu_rate() * SHARE)
-    parts = [f"{screens.duration(rounded(seconds))} of training", *_memory(config, found, seconds)]
-    return f"about {' and '.join(parts)} on this CPU"
+    rate: float | None = cpu_rate()
+    if card is not None:
+        rate = flops.peak_flops(card, train.mixed_precision, tf32=train.tf32)
+    if rate is None:
+        return None
+    work = flops.Work(unet_flops(layers["unet"], mean_size(found)), 0.0, 0.0, 0.0)
+    picture = flops.per_picture(config, work)
+    # On a CPU the processes share what one would have.
+    rate *= SHARE * (1 if card is None else processes())
+    return train.steps * train.batch_size * (picture.model + picture.again) / rate
 
 
-def _on_gpu(config: RunConfig, found: Pictures, card: str) -> str | None:
-    from train.architecture import Architecture
-
-    train, parts, seconds = config.train, [], math.inf
-    peak = flops.peak_flops(card, train.mixed_precision, tf32=train.tf32)
-    if peak is not None:
-        base = Architecture.of(config.model)
-        work = flops.count(base, mean_size(found), windows=flops.windows(config))
-        seconds = _training_seconds(config, work, peak * SHARE * processes())
-        parts.append(f"{screens.duration(rounded(seconds))} of training")
-    parts += _memory(config, found, seconds, device="cuda")
-    return f"about {' and '.join(parts)} on {card}" if parts else None
-
-
-def _memory(
-    config: RunConfig, found: Pictures, seconds: float, *, device: Literal["cpu", "cuda"] = "cpu"
-) -> list[str]:
-    """What a run of so many seconds is expected to hold; nothing where that cannot be told."""
+def _peak(config: RunConfig, found: Pictures, card: str | None) -> int:
+    """Bytes that the run holds at the most, rehearsed."""
     from train.architecture import Architecture
     from train.footprint import predict
 
-    if seconds < _WORTH_REHEARSING:
-        return []
-    try:
-        with screens.working("foreseeing its memory"):
-            base = Architecture.of(config.model)
-            size, many = largest(found), processes()
-            footprint = predict(config, base, size=size, device=device, processes=many)
-    except Exception:  # it is only told: no run shall end for it
-        return []
-    return [f"{footprint.peak.bytes / 2**30:.1f} GiB of memory at most"]
+    device: Literal["cpu", "cuda"] = "cpu" if card is None else "cuda"
+    base, size = Architecture.of(config.model), largest(found)
+    return predict(config, base, size=size, device=device, processes=processes()).peak.bytes
 
 
 def processes() -> int:
     """How many train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _training_seconds(config: RunConfig, work: flops.Work, rate: float) -> float:
-    picture = flops.per_picture(config, work)
-    steps = config.train.steps * config.train.batch_size
-    return steps * (picture.model + picture.again) / rate
 
 
 def mean_size(found: Pictures) -> tuple[int, int]:

@@ -34,7 +34,6 @@ def publish(method: Method, directory: Path, accelerator: Accelerator) -> None:
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(temporary, directory)
         sync(directory.parent)
-        print(f"wrote {directory}")
     accelerator.wait_for_everyone()
 
 

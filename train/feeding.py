@@ -12,7 +12,7 @@ from data.files import progress
 from train import resting
 from train.config import DataConfig, RunConfig
 from train.families import INPAINTING_CHANNELS
-from train.node_caches import share_of
+from train.node_caches import Share, share_of
 from train.pictures import Pictures
 from train.stopping import checking, jointly
 from train.streams import stream_in
@@ -81,23 +81,56 @@ def batches(
     where captions change too much from epoch to epoch to be cached. classes: what DreamBooth trains
     on beside the pictures.
     """
-    from data.loader import TrainingSet
-    from data.noising import Noising
     from data.store import TensorStore
     from train.validation_data import held_out
 
-    data = config.data
-    store = TensorStore(data.cache)
-    if data.streaming:
-        pictures = stream_in(pictures, store, pipeline, data, accelerator)
+    store = TensorStore(config.data.cache)
+    share = share_of(store.folder, accelerator)
+    if config.data.streaming:
+        pictures = stream_in(pictures, store, pipeline, config.data, accelerator, share)
         accelerator.print(f"streamed {pictures.summary()}")
+    training_set = _training_set(
+        pictures, pipeline, config, accelerator, store, share, cache_captions, classes
+    )
+    world = accelerator.num_processes
+    steps = StepBatches(
+        training_set,
+        steps=config.train.steps,
+        rank=accelerator.process_index,
+        world=world,
+        micro_batch_size=config.train.micro_batch_size or -(-config.train.batch_size // world),
+        workers=config.data.workers,
+        held_out=held_out(config, pictures, training_set, pipeline, accelerator, share),
+        at_peak=work_of(config, accelerator),
+    )
+    # FSDP wants all of the layers that it is told to wrap, and splits them anyway.
+    text = training_set.embedding_key is None or accelerator.distributed_type == "FSDP"
+    resting.settle(pipeline, accelerator.device, text=text)
+    return steps
+
+
+def _training_set(
+    pictures: Pictures,
+    pipeline: Pipeline,
+    config: RunConfig,
+    accelerator: Accelerator,
+    store: TensorStore,
+    share: Share,
+    cache_captions: bool,
+    classes: ClassPictures | None,
+) -> TrainingSet:
+    """What is trained on, the cache filled with it. A place where all processes meet."""
+    from data.loader import TrainingSet
+    from data.noising import Noising
+
+    data = config.data
     everything = pictures if classes is None else classes.joined(pictures)
     keys = latent_keys(everything, pipeline, data)
-    fill_latents(keys, store, pipeline, data, accelerator)
+    fill_latents(keys, store, pipeline, data, accelerator, share)
     if accelerator.is_main_process:
         report_cut_captions(everything, pipeline.tokenizer)
     order = pictures.order(seed=config.seed, batch_size=config.pictures_per_step)
-    training_set = TrainingSet(
+    return TrainingSet(
         records=everything.records,
         order=order,
         sources=everything.records.sources,
@@ -112,23 +145,8 @@ def batches(
         random_masks=random_masks(pipeline, data),
         caption_dropout=data.caption_dropout,
         beside=None if classes is None else classes.beside(pictures, order),
-        **_text(everything, pipeline, store, accelerator, cached=cache_captions),
+        **_text(everything, pipeline, store, accelerator, share, cached=cache_captions),
     )
-    world = accelerator.num_processes
-    steps = StepBatches(
-        training_set,
-        steps=config.train.steps,
-        rank=accelerator.process_index,
-        world=world,
-        micro_batch_size=config.train.micro_batch_size or -(-config.train.batch_size // world),
-        workers=data.workers,
-        held_out=held_out(config, pictures, training_set, pipeline, accelerator),
-        at_peak=work_of(config, accelerator),
-    )
-    # FSDP wants all of the layers that it is told to wrap, and splits them anyway.
-    text = training_set.embedding_key is None or accelerator.distributed_type == "FSDP"
-    resting.settle(pipeline, accelerator.device, text=text)
-    return steps
 
 
 def latent_keys(pictures: Pictures, pipeline: Pipeline, data: DataConfig) -> LatentKeys:
@@ -157,6 +175,7 @@ def fill_latents(
     pipeline: Pipeline,
     data: DataConfig,
     accelerator: Accelerator,
+    share: Share,
 ) -> None:
     """Encodes what the cache lacks of the pictures. A place where all processes meet."""
     from data.cache import cache_latents
@@ -168,7 +187,7 @@ def fill_latents(
     how: dict[str, Any] = {
         "flip": data.flip,
         "batch_size": data.cache_batch_size,
-        **share_of(store.folder, accelerator)._asdict(),
+        **share._asdict(),
     }
 
     def mine() -> None:
@@ -187,6 +206,7 @@ def _text(
     pipeline: Pipeline,
     store: TensorStore,
     accelerator: Accelerator,
+    share: Share,
     *,
     cached: bool,
 ) -> dict[str, Callable[..., Any]]:
@@ -197,7 +217,7 @@ def _text(
     captions = pictures.captions if cached else None
     if captions is None:
         return {"tokenize": partial(tokenize, pipeline.tokenizer, max_tokens=tokens)}
-    key = fill_captions(captions, store, pipeline, accelerator, max_tokens=tokens)
+    key = fill_captions(captions, store, pipeline, accelerator, share, max_tokens=tokens)
     return {"embedding_key": key}
 
 
@@ -206,6 +226,7 @@ def fill_captions(
     store: TensorStore,
     pipeline: Pipeline,
     accelerator: Accelerator,
+    share: Share,
     *,
     max_tokens: int,
 ) -> Callable[[str], str]:
@@ -223,7 +244,7 @@ def fill_captions(
         captions,
         store,
         caption_encoder(pipeline.tokenizer, pipeline.text_encoder, max_tokens=max_tokens),
-        **share_of(store.folder, accelerator)._asdict(),
+        **share._asdict(),
         progress=checking(progress("caching captions", accelerator.is_main_process)),
         **prints,
     )

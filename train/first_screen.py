@@ -12,6 +12,7 @@ from train.config import (
     DreamBoothRun,
     FullRun,
     LoraConfig,
+    LoraRun,
     ModelConfig,
     RunConfig,
     TextualInversionRun,
@@ -23,6 +24,7 @@ from train.inspection import weight_files
 from train.pictures import Pictures
 from train.safetensors_file import read_header
 from train.screens import Row, amount
+from train.tracking import shown_on
 
 SD21_UNET_NUMBERS = 865_910_724
 _SOME = 3  # buckets or sources that are listed by themselves
@@ -57,13 +59,15 @@ def rows(
 def method(config: RunConfig) -> str:
     """What kind of training this is, in words."""
     match config:
+        case LoraRun():
+            return "LoRA"
         case DreamBoothRun():
             return "DreamBooth"
         case TextualInversionRun():
             return "Textual inversion"
         case FullRun():
             return "Full fine-tuning"
-    return "LoRA"
+    return type(config).__name__.removesuffix("Run")  # a method of somebody's own
 
 
 def trains(config: RunConfig) -> str:
@@ -75,7 +79,7 @@ def trains(config: RunConfig) -> str:
         return f"every weight of the UNet{f' ({amount(total)})' if total else ''}{text}"
     parts = list(_words(config))
     if lora is None:
-        return f"{' and '.join(parts)}; no weight of the base"
+        return f"{parts[0]}; no weight of the base" if parts else "weights of its own"
     text = f" and rank {lora.text_encoder.rank} on the text encoder" if lora.text_encoder else ""
     parts.append(f"LoRA rank {lora.rank} on the UNet ({', '.join(lora.targets)}){text}")
     count = adapter_numbers(lora, config.model)
@@ -165,6 +169,8 @@ def saves(config: RunConfig) -> str:
 
 def output(config: RunConfig) -> str:
     """Where it all goes."""
-    boards = config.tracking.trackers
+    boards = shown_on(config.tracking)
+    if os.environ.get("WANDB_MODE") == "disabled" and "wandb" in boards:
+        boards.remove("wandb")
     shown = f"; also on {' and '.join(boards)}, project {config.tracking.project}" if boards else ""
     return f"{config.output}{shown}"

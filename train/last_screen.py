@@ -26,7 +26,8 @@ def stopped(config: RunConfig, step: int | None) -> None:
     """Shows a run that was asked to end: that it goes on, and how."""
     kept = f"the checkpoint of step {step} of {config.train.steps}" if step else "no checkpoint yet"
     again = using.continued(Run.read(config.output, {}, courses=False))
-    rows = [("kept", kept), ("go on", "the same command, or:"), ("", again.lines if again else "")]
+    rows = [("kept", kept), ("go on", f"the same command{', or:' if again else ''}")]
+    rows += [("", again.lines)] if again else []
     screens.screen(f"{method(config)} stopped before its end: {config.output}", rows)
     screens.event("stopped", output=config.output, step=step)
 

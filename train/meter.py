@@ -114,7 +114,9 @@ class Meter:
             torch.cuda.synchronize(self._accelerator.device)
         self._paused = time.perf_counter()
         yield
-        self._since += time.perf_counter() - self._paused
+        seconds = time.perf_counter() - self._paused
+        self._since += seconds
+        screens.leave_out(self._bar, seconds)
         self._paused = None
 
     def record(

@@ -42,7 +42,8 @@ def share_of(folder: Path, accelerator: Accelerator) -> Share:
         mark.unlink()
     if not all(could for could, _ in told):
         return Share(rank, world)
-    if any(told[other][1] != seen for other in seen):
+    # By what all have told, so that all processes raise where one does.
+    if any(told[other][1] != its for _, its in told for other in its):
         raise RunFailed(
             f"data.cache={folder} is shared by some processes and not yet seen by others: give the "
             "same command again, and if that does not help, a folder on another disk"

@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -110,7 +111,8 @@ def dump(config: Section) -> str:
 
 def command(main: Callable[[list[str]], None]) -> None:
     """Runs an entry: exit code 2 for a user's mistake and 1 for a run that cannot go on, each with
-    a message on stderr and no traceback. `screens.FLAGS` are taken out of its arguments."""
+    a message on stderr, 130 for Ctrl-C, and no traceback. `screens.FLAGS` are taken out of its
+    arguments."""
     _quiet_libraries()
     arguments, way = screens.split(sys.argv[1:])
     try:
@@ -120,6 +122,10 @@ def command(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:  # whoever was reading has read enough: `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except KeyboardInterrupt:  # training has a way of its own, train/stopping.py
+        with suppress(OSError):
+            print(file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
@@ -128,7 +134,8 @@ def _run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     except (UserError, RunFailed) as error:
         rank, code = os.environ.get("RANK", "0"), 2 if isinstance(error, UserError) else 1
         where = "" if rank == "0" else f" (process {rank})"
-        print(f"error{where}: {error}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"error{where}: {error}", file=sys.stderr)
         screens.event("error", message=str(error), exit_code=code)
         raise SystemExit(code) from None
 

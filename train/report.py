@@ -20,19 +20,21 @@ from eval.report import verdict_line, warning, write_page
 from train import overfitting, report_charts, report_pieces
 from train.report_pieces import spread
 from train.run_figures import images_seen, pace, smooth
-from train.run_record import Run
+from train.run_record import Run, finite
 
 _WAIT_LIMIT = 0.2  # share of the time spent waiting for data, above which a warning stands
 _CLIPPED_LIMIT = 0.5  # share of logged lines above the clip norm, likewise
 _STEPS = 8  # that are named, of more
+FINISHED = "Finished"
 
 
 def write(output: Path, *, dataset: Mapping[str, Any] | None = None, state: str = "") -> Path:
     """Writes OUTPUT/report.html, whole or not at all, and returns its path.
 
-    dataset: facts about the training pictures beside those of the manifest. state: what is said of
-    a run that is not finished. Reads config.yaml, manifest.json, metrics.jsonl, previews/ and
-    eval/metrics.json; what is missing or torn is left out. Called by one process.
+    dataset: facts about the training pictures beside those of the manifest. state: what became of
+    the run, "Finished" or another word; of a run that writes its own report, "", its last line
+    tells. Reads config.yaml, manifest.json, metrics.jsonl, previews/ and eval/metrics.json; what is
+    missing or torn is left out. Called by one process.
     """
     run = Run.read(output, dataset or {})
     path = output / "report.html"
@@ -46,7 +48,7 @@ def write(output: Path, *, dataset: Mapping[str, Any] | None = None, state: str 
             report_charts.curves(run),
             report_charts.scores(run),
             report_pieces.evaluation(run),
-            report_pieces.use(run, finished=is_finished(run)),
+            report_pieces.use(run, finished=is_finished(run, state=state)),
             report_pieces.timings(run),
             report_pieces.dataset(run),
             report_pieces.configuration(run),
@@ -57,9 +59,12 @@ def write(output: Path, *, dataset: Mapping[str, Any] | None = None, state: str 
     return path
 
 
-def is_finished(run: Run) -> bool:
-    """Whether its last planned step is logged."""
-    planned = run.setting("train.steps")
+def is_finished(run: Run, *, state: str = "") -> bool:
+    """Whether its result is there, or about to be: as `state` says, or its last planned step is
+    logged."""
+    if state:
+        return state == FINISHED
+    planned = run.number("train.steps")
     return bool(run.lines) and planned is not None and int(run.steps[-1]) >= planned
 
 
@@ -104,21 +109,21 @@ def warnings(run: Run) -> list[str]:
 
 
 def _progress(run: Run, state: str) -> str:
-    done, planned = int(run.steps[-1]), run.setting("train.steps")
+    done, planned = int(run.steps[-1]), run.number("train.steps")
     if planned is None:
         return f"{done:,} steps"
     counted = f"{done:,} of {planned:,} steps{_seen(run)}"
-    if done < planned:
+    if not is_finished(run, state=state):
         return f"{state or 'Not finished'}: {counted}"
     chosen = "" if run.taken is None else f"; its weights are those of step {run.taken:,}, the best"
-    return f"Finished: {counted}{chosen}"
+    return f"{FINISHED}: {counted}{chosen}"
 
 
 def _seen(run: Run) -> str:
-    pictures, epochs = run.dataset.get("pictures"), run.column("epoch")[-1]
-    if not pictures or not math.isfinite(epochs):
-        return ""
+    pictures, epochs = finite(run.dataset.get("pictures")), run.column("epoch")[-1]
     images = images_seen(run)
+    if images is None or not pictures or not math.isfinite(epochs):
+        return ""
     return f" on about {images:,} images ({epochs:.3g} passes over {pictures:,} pictures)"
 
 
@@ -172,7 +177,7 @@ def _starved(run: Run) -> str:
 
 
 def _clipped(run: Run) -> str:
-    clip, norms = run.setting("train.clip_norm"), run.column("grad_norm")
+    clip, norms = run.number("train.clip_norm"), run.column("grad_norm")
     share = sum(norm > clip for norm in norms) / len(norms) if clip else 0.0
     if share <= _CLIPPED_LIMIT:
         return ""

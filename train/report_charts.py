@@ -32,7 +32,7 @@ SCORES = {
 
 
 def curves(run: Run) -> str:
-    steps, loss, clip = run.steps, run.column("loss"), run.setting("train.clip_norm")
+    steps, loss, clip = run.steps, run.column("loss"), run.number("train.clip_norm")
     weighted = run.setting("diffusion.min_snr_gamma")
     limit = [Curve(f"Clipped above {clip:g}", [clip] * len(steps), "limit")] if clip else []
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from eval.charts import Bar, Share, shapes, shares
 from eval.report import THUMBNAIL, Panel, facts, heading, link, listing
 from eval.slider import Film, slider
+from train import timings as timing
 from train import using
 from train.run_figures import time_spent
 from train.run_record import Run, read_json
@@ -29,7 +30,8 @@ _RENAMED = {"sd_atelier": "sd-atelier", "sha256": "SHA-256", "cpus": "CPUs", "gp
 def previews(run: Run) -> str:
     """The base's pictures beside those of a step that a slider chooses."""
     folders = sorted(path for path in (run.folder / "previews").glob("step-*") if path.is_dir())
-    prompts = spread(list(enumerate(run.setting("preview.prompts") or [])), _PROMPTS)
+    known = run.setting("preview.prompts")
+    prompts = spread(list(enumerate(known if isinstance(known, list) else [])), _PROMPTS)
     count = min(_TIMES, max(2, _PICTURES // max(1, len(prompts)) - 1))
     taken = [path for path in folders if path.name == f"step-{run.taken or 0:08d}"]
     shown = sorted({*spread(folders, count), *taken})
@@ -52,7 +54,9 @@ def previews(run: Run) -> str:
 def timings(run: Run) -> str:
     parts = time_spent(run)
     total = sum(part.seconds for part in parts)
-    said = f"About {duration(total)} in all, by the log and the times of its files."
+    recorded = (run.folder / timing.NAME).is_file()
+    beside = "what it has recorded beside it" if recorded else "the times of its files"
+    said = f"About {duration(total)} in all, by the log and {beside}."
     return shares(
         "Where the time went", said, [Share(p.name, p.seconds, duration(p.seconds)) for p in parts]
     )

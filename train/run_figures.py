@@ -63,8 +63,8 @@ def images_seen(run: Run) -> int | None:
     # From the epochs: batches of a small bucket have fewer than batch_size images.
     if isinstance(pictures, int) and pictures and math.isfinite(epochs):
         return round(epochs * pictures)
-    batch = run.setting("train.batch_size")
-    return round(run.steps[-1] * batch) if isinstance(batch, int) else None
+    batch = run.number("train.batch_size")
+    return round(run.steps[-1] * batch) if batch is not None else None
 
 
 def training_seconds(run: Run) -> float | None:

@@ -42,7 +42,7 @@ class Run:
         config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         manifest = read_json(folder / "manifest.json")
         known = manifest.pop("dataset", {})
-        lines = [line for line in read_metrics(folder / "metrics.jsonl") if "step" in line]
+        lines = [line for line in read_metrics(folder / "metrics.jsonl") if _is_of_a_step(line)]
         scored = folder / "eval" / "steps"
         return cls(
             folder,
@@ -59,15 +59,15 @@ class Run:
 
     def setting(self, key: str) -> Any:
         """A value of the configuration by its dotted key, None where there is none."""
-        value = self.settings
-        for name in key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        return value
+        return setting_of(self.settings, key)
+
+    def number(self, key: str) -> int | float | None:
+        """A setting that is a finite number; None for any other."""
+        return finite(self.setting(key))
 
     def column(self, key: str) -> list[float]:
         """One value of every logged line; nan where a line has none."""
-        values = (line.get(key) for line in self.lines)
-        return [float(v) if isinstance(v, int | float) else math.nan for v in values]
+        return [_float(line.get(key)) for line in self.lines]
 
     @property
     def steps(self) -> list[float]:
@@ -88,6 +88,34 @@ class Run:
     def metric(self) -> Metric:
         """The held-out loss that chooses the best step, or would if no score of pictures did."""
         return overfitting.loss_of(self.setting("validation.metric"))
+
+
+def setting_of(settings: Any, key: str) -> Any:
+    """A value of a configuration by its dotted key, None where there is none."""
+    for name in key.split("."):
+        settings = settings.get(name) if isinstance(settings, dict) else None
+    return settings
+
+
+def finite(value: Any) -> int | float | None:
+    """The value where it is a finite number, and no truth value."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        return value if is_number and math.isfinite(value) else None
+    except OverflowError:  # an integer beyond all floats
+        return None
+
+
+def _float(value: Any) -> float:
+    """As it is, infinite perhaps; nan for what is no number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
+    number = finite(value)
+    return math.nan if number is None else float(number)
+
+
+def _is_of_a_step(line: Mapping[str, Any]) -> bool:
+    return finite(line.get("step")) is not None
 
 
 def _yaml(text: str) -> Any:

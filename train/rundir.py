@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -129,7 +130,7 @@ def create(config: RunConfig, manifest: dict[str, Any], *, changes: Sequence[str
     once = config.checkpoint.model_copy(update={"accept_changes": False})
     # First: a run killed here then has what it agreed to put down twice, not never.
     history = {"changes": _history(config.output, changes)}
-    text = json.dumps({**environment(), **manifest, **history}, indent=2)
+    text = json.dumps({**environment(), "entry": entry(), **manifest, **history}, indent=2)
     _write(config.output / "manifest.json", text + "\n")
     _write(config.output / "config.yaml", dump(config.model_copy(update={"checkpoint": once})))
 
@@ -193,6 +194,16 @@ def environment() -> dict[str, Any]:
         if cuda
         else [],
     }
+
+
+def entry() -> str | None:
+    """The program that this process runs, as a path within the project if it is there; None where
+    it is none that could be given to a launcher again (a notebook, a test)."""
+    file = Path(sys.argv[0])
+    if file.suffix != ".py" or "site-packages" in file.parts:
+        return None
+    inside = file.resolve().is_relative_to(ROOT)
+    return str(file.resolve().relative_to(ROOT) if inside else file)
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ alone speaks through here. Imports nothing of this project and nothing heavy.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
@@ -113,6 +114,8 @@ def unheard() -> Iterator[None]:
     """Within it nothing ends because it cannot be said, as on a full disk or a closed pipe: text is
     left out instead, also what others print."""
     global _way
+    atexit.unregister(_settle)  # once is enough
+    atexit.register(_settle)
     before = _way, sys.stdout, sys.stderr
     _way = replace(_way, out=_lossy(_way.out))
     sys.stdout, sys.stderr = map(_lossy, (sys.stdout, sys.stderr))
@@ -120,18 +123,16 @@ def unheard() -> Iterator[None]:
         yield
     finally:
         _way, sys.stdout, sys.stderr = before
-        for stream in (_way.out, sys.stdout, sys.stderr):
-            _settle(stream)
 
 
-def _settle(stream: IO[str] | None) -> None:
+def _settle() -> None:
     """Python flushes streams when it ends, and what is left in one would make a failure of it."""
-    try:
-        if stream is not None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
             stream.flush()
-    except OSError:
-        with suppress(OSError, ValueError):  # a stream that is no file
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):  # a stream that is no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def is_first() -> bool:

@@ -14,7 +14,7 @@ from data.buckets import buckets_of, too_small
 from data.files import progress, silent
 from data.records import Record, Table
 from train.config import DataConfig
-from train.node_caches import share_of
+from train.node_caches import Share
 from train.pictures import Part, Pictures, bucketed, cropping, policy
 from train.stopping import checking, jointly
 
@@ -35,17 +35,18 @@ def stream_in(
     pipeline: Pipeline,
     data: DataConfig,
     accelerator: Accelerator,
+    share: Share,
 ) -> Pictures:
     """The pictures with every streamed source passed through the VAE, unless it was before.
 
-    Each process takes its share of the shards. What a killed pass had finished is kept, and a shard
-    is streamed again where the cache has lost any of it.
+    Each process takes its share of the shards, and all meet here. What a killed pass had finished
+    is kept, and a shard is streamed again where the cache has lost any of it.
     """
     parts = []
     for part in pictures.parts:
         if part.stream is not None:
             passing = _Passing.of(part, store, pipeline, data)
-            part = bucketed(data, part.settings, passing.run(accelerator))
+            part = bucketed(data, part.settings, passing.run(accelerator, share))
         parts.append(part)
     return Pictures(parts)
 
@@ -81,13 +82,12 @@ class _Passing:
     def _crop(self) -> str:
         return self.part.settings.crop or self.data.crop
 
-    def run(self, accelerator: Accelerator) -> Any:
+    def run(self, accelerator: Accelerator, share: Share) -> Any:
         """Streams what is not finished; the source, once every process is through."""
         from data.streaming import collect, stream_records
 
         assert self.part.stream is not None
         on_bad = policy(self.data)
-        share = share_of(self.data.cache, accelerator)
         if accelerator.is_main_process:
             for note in self.part.stream.idle(share.world):
                 print(f"note     {note}", flush=True)

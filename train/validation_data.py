@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from data.noising import Noising
     from data.wording import Wording
     from train.method import Pipeline
+    from train.node_caches import Share
 
 HELD_OUT, TRAIN = "held_out", "train"
 _NAME = ".held-out"  # of the held-out source; no other's begins with a dot
@@ -178,14 +179,15 @@ def held_out(
     training_set: TrainingSet,
     pipeline: Pipeline,
     accelerator: Accelerator,
+    share: Share,
 ) -> HeldOutSet | None:
     """What the held-out loss is measured on, the cache filled with it; None where nothing is
     validated.
 
     It is validation.images of the held-out pictures and as many of `pictures`, which are trained
     on, cropped, masked and worded as `training_set` does it. But they are never mirrored, their
-    captions are neither dropped nor shuffled, and their input is not perturbed. A place where all
-    processes meet.
+    captions are neither dropped nor shuffled, and their input is not perturbed. share: this
+    process's part in filling the cache. A place where all processes meet.
     """
     found = find(config)
     if found is None:
@@ -194,8 +196,8 @@ def held_out(
     most, each = config.validation.images, config.validation.timesteps
     own, trained = _named(choose(found, most, seed)), choose(pictures, most, seed)
     both = Pictures([*own.parts, *trained.parts])
-    samples = _samples(both, training_set, seed, pipeline, config.data, accelerator)
-    lengths = _fill_text(both, samples, each, pipeline, accelerator)
+    samples = _samples(both, training_set, seed, pipeline, config.data, accelerator, share)
+    lengths = _fill_text(both, samples, each, pipeline, accelerator, share)
     ids = [record.id.removeprefix(f"{_NAME}/") for record in both.records]
     count, world = len(own.sizes), accelerator.num_processes
     return HeldOutSet(
@@ -225,6 +227,7 @@ def _samples(
     pipeline: Pipeline,
     data: DataConfig,
     accelerator: Accelerator,
+    share: Share,
 ) -> TrainingSet:
     """The pictures as they are trained on, but for what only training does with them."""
     from data.order import Order
@@ -232,7 +235,7 @@ def _samples(
 
     keys = latent_keys(both, pipeline, data)
     unturned = data.model_copy(update={"flip": False})
-    fill_latents(keys, training_set.store, pipeline, unturned, accelerator)
+    fill_latents(keys, training_set.store, pipeline, unturned, accelerator, share)
     return replace(
         training_set,
         records=both.records,
@@ -259,6 +262,7 @@ def _fill_text(
     each: int,
     pipeline: Pipeline,
     accelerator: Accelerator,
+    share: Share,
 ) -> list[int]:
     """Caches the captions where training reads them from there; returns how many tokens the text of
     each sample has."""
@@ -269,7 +273,7 @@ def _fill_text(
     captions = list(_captions(both, samples, each))
     if samples.embedding_key is not None:
         unique = sorted(set(captions))
-        fill_captions(unique, samples.store, pipeline, accelerator, max_tokens=tokens)
+        fill_captions(unique, samples.store, pipeline, accelerator, share, max_tokens=tokens)
     lengths = {
         caption: tokenize(pipeline.tokenizer, [caption], max_tokens=tokens).shape[1]
         for caption in set(captions)

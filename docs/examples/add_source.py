@@ -18,6 +18,8 @@ from data.listing import CAPTION_EXTENSIONS, Listing, extension
 from train import lora
 from train.config import command
 
+ANYTHING = {"data", "images", "img", "photos", "pictures", "pics", "raw", "train", "training"}
+
 
 class Folders(Layout):
     """Pictures that are captioned by the folder that they lie in."""
@@ -37,12 +39,14 @@ class Folders(Layout):
 
 
 def by_folder(listing: Listing, default: str | None) -> Layout | None:
-    """The layout of a folder with nothing but named folders of pictures; else None."""
+    """The layout of two or more folders of pictures, named for what they show; else None."""
     pictures, _ = companions.split_pictures(listing)
     captioned = any(extension(name) in CAPTION_EXTENSIONS for name in listing.names)
-    if default is not None or captioned or not pictures:
+    if default is not None or captioned:
         return None
-    return Folders(listing, pictures) if all("/" in name for name in pictures) else None
+    named = {name.split("/")[-2] if "/" in name else "" for name in pictures}
+    generic = "" in named or any(name.lower() in ANYTHING for name in named)
+    return Folders(listing, pictures) if len(named) > 1 and not generic else None
 
 
 def main(arguments: list[str]) -> None:

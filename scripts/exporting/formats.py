@@ -48,7 +48,7 @@ def export(
     samples = cards.samples(result.run) if card else []
     about = Card(result, format, scale, output.name, samples)
     try:
-        with placing.place(output, overwrite=overwrite) as temporary:
+        with placing.place(output, format, overwrite=overwrite) as temporary:
             warnings = _WRITERS[format](result, temporary, dtype, scale)
             if card and temporary.is_dir():
                 about.write(temporary / "README.md", temporary / "images")
@@ -57,7 +57,7 @@ def export(
                 _thumbnail(temporary.with_suffix(".png"), samples)
     except (OSError, SafetensorError) as error:
         raise UserError(f"output={output} cannot be written ({error})") from None
-    return Export(placing.files(output), warnings)
+    return Export(placing.files(output, format), warnings)
 
 
 def _thumbnail(path: Path, samples: Sequence[Sample]) -> None:

@@ -8,13 +8,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from data.files import move_together
 from train.config import UserError
 
 MARK = ".sd-atelier-export"
 """In an exported folder: the names of what was written into it."""
-_BESIDE = (".md", ".png", ".yaml")
+_BESIDE = {"kohya": (".md", ".png"), "single_file": (".md", ".png", ".yaml")}
+"""What lies beside a file, by its format: its card, its picture and, of a model, what it is."""
 
 
 def pictures(file: Path) -> Path:
@@ -22,17 +26,19 @@ def pictures(file: Path) -> Path:
     return file.with_name(f"{file.stem}-images")
 
 
-def check(output: Path, *, is_file: bool, overwrite: bool) -> None:
+def check(output: Path, format: str, *, overwrite: bool) -> None:
     """Raises UserError where something is in the way: anything at all, or with `overwrite` what is
     no earlier export."""
-    there = [path for path in _all(output, is_file=is_file) if os.path.lexists(path)]
+    is_file = format in _BESIDE
+    there = [path for path in _all(output, format) if os.path.lexists(path)]
     if there and not overwrite:
         raise UserError(f"{there[0]} is there already: choose another output=, or overwrite=true")
     if output.exists() and output.is_dir() == is_file:
         raise UserError(f"output={output} is a {'folder' if is_file else 'file'}: choose another")
+    if mine := [p for p in there if p.suffix == ".yaml" and not _is_of_a_model(p)]:
+        raise UserError(f"{mine[0]} is not of an export: choose another output=, or move it away")
     for folder in (path for path in there if path.is_dir()):
-        others = _not_ours(folder)
-        if others:
+        if others := _not_ours(folder):
             raise UserError(
                 f"{folder} holds {others[0]}, which no export has written: choose another output=, "
                 "or move it away yourself"
@@ -40,7 +46,7 @@ def check(output: Path, *, is_file: bool, overwrite: bool) -> None:
 
 
 @contextmanager
-def place(output: Path, *, overwrite: bool) -> Iterator[Path]:
+def place(output: Path, format: str, *, overwrite: bool) -> Iterator[Path]:
     """A place to write to, which with all that is written beside it is at `output` once everything
     is on the disk, and gone if anything fails; what was there is then there again."""
     from train.checkpoint_files import sync
@@ -56,24 +62,34 @@ def place(output: Path, *, overwrite: bool) -> Iterator[Path]:
             _mark(folder)
         for path in new.rglob("*"):
             sync(path)
-        check(output, is_file=temporary.is_file(), overwrite=overwrite)
-        _swap(new, old, _all(output, is_file=temporary.is_file()))
+        check(output, format, overwrite=overwrite)
+        _swap(new, old, _all(output, format))
         sync(output.parent)
 
 
-def files(output: Path) -> dict[str, Path]:
+def files(output: Path, format: str) -> dict[str, Path]:
     """What belongs to an export, by its names in a repository."""
     if output.is_dir():
         return {str(path.relative_to(output)): path for path in _files_in(output)}
-    named = {path.name: path for path in _all(output, is_file=True) if path.is_file()}
+    named = {path.name: path for path in _all(output, format) if path.is_file()}
     shown = {f"{pictures(output).name}/{path.name}": path for path in _files_in(pictures(output))}
     card = named.pop(output.with_suffix(".md").name, None)
     return {**named, **shown, **({"README.md": card} if card else {})}
 
 
-def _all(output: Path, *, is_file: bool) -> list[Path]:
-    beside = [*map(output.with_suffix, _BESIDE), pictures(output)] if is_file else []
-    return [output, *beside]
+def _all(output: Path, format: str) -> list[Path]:
+    if format not in _BESIDE:
+        return [output]
+    return [output, *map(output.with_suffix, _BESIDE[format]), pictures(output)]
+
+
+def _is_of_a_model(path: Path) -> bool:
+    """Whether it describes a model, as single_file writes it, and is not a run's configuration."""
+    try:
+        content: Any = yaml.safe_load(path.read_bytes())
+        return "params" in content["model"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return False
 
 
 def _mark(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from scripts.initial.looking import Base, Pictures, spread
 
 Method = Literal["lora", "dreambooth", "textual_inversion", "full"]
+AT_ONCE = "train.micro_batch_size"
 RARE = "zwx"  # a word that hardly stands for anything
 
 
@@ -33,6 +34,8 @@ class Answers:
     """GiB; None: it trains on the CPU."""
     name: str
     """Of the run directory."""
+    held_out: str | None = None
+    """The folder of pictures that were held out."""
 
 
 def method_for(found: Pictures) -> tuple[Method, str]:
@@ -40,7 +43,13 @@ def method_for(found: Pictures) -> tuple[Method, str]:
     if found.one_subject:
         what = "without captions" if not found.captioned else f"that share the word {found.trigger}"
         return "dreambooth", f"{found.count} pictures {what} look like one subject"
-    return "lora", f"{found.count} pictures with captions: a style or a domain"
+    if not found.captioned:
+        return (
+            "lora",
+            f"{found.count} pictures without captions: a style sooner than a subject",
+        )
+    what = "with captions" if found.captioned == found.count else f"({found.captioned} captioned)"
+    return "lora", f"{found.count} pictures {what}: a style or a domain"
 
 
 def settings(a: Answers) -> Iterator[Setting]:
@@ -159,6 +168,15 @@ def _course(a: Answers) -> Iterator[Setting]:
         yield Setting("optim.tokens.learning_rate", 5e-3, "of the new word alone")
     yield Setting("diffusion.timesteps", "stratified", "less noise in the loss, at no cost")
     yield Setting("checkpoint.every", max(many // 4, 50))
+    # Where only a new word trains, a loss on captions without it would say nothing.
+    if a.held_out and a.method != "textual_inversion":
+        yield Setting("validation.every", validated_every(a), "its loss on them, ten times in all")
+        yield Setting("evaluation.path", a.held_out, "held out: pictures that it never trains on")
+
+
+def validated_every(a: Answers) -> int:
+    """Steps between two held-out losses: a tenth of them all."""
+    return steps(a)[0] // 10
 
 
 def _previews(a: Answers) -> Iterator[Setting]:
@@ -184,28 +202,38 @@ def many_previews(a: Answers) -> int:
 
 
 def ladder(a: Answers) -> list[list[Setting]]:
-    """Ways to fit into a card's memory, the quickest first; without a card there is one."""
+    """Ways to fit into a card's memory, the quickest first, each one smaller than the one before;
+    without a card there is one."""
     if a.card is None or a.base.toy:
         why = "a CPU computes in fp32" if a.card is None else "the toy base fits anywhere"
         return [[Setting("train.mixed_precision", "no", why)]]
     bf16 = Setting("train.mixed_precision", "bf16", "half the memory; fp16 overflows in SD 2.1")
-    again = Setting("train.gradient_checkpointing", True, "a third slower, far less memory")
-    known = f"fits {a.card:.0f} GiB by the planner"
+    again = Setting(
+        "train.gradient_checkpointing", True, "a third slower; without it one is too many"
+    )
+    few = [Setting("data.cache_batch_size", 1, "less memory while latents are made")]
+    if a.method == "dreambooth":
+        few.append(
+            Setting("dreambooth.class_batch_size", 1, "less memory while the class is drawn")
+        )
     eight = Setting("optim.name", "adamw8bit", "moments in 8 bits")
     four = Setting("train.quantize", "nf4", "the frozen UNet in 4 bits, a little slower")
-    small = Setting("data.cache_batch_size", 1, "less memory while latents are made")
 
-    def cut(micro: int) -> Setting:
-        return Setting("train.micro_batch_size", micro, f"images at once: {known}")
+    batch = batch_size(a)
+    ways = [[bf16, _at_once(micro)] for micro in _halves(batch) if micro > 1]
+    ways += [[bf16, _at_once(micro), *few] for micro in (2, 1)]
+    # Of more at once with checkpointing than these, the memory is that of 1 without, or more.
+    ways += [[bf16, again, _at_once(micro), *few] for micro in _halves(min(batch // 2, 4))]
+    ways.append([*ways[-1], eight])
+    return ways if a.method == "full" else [*ways, [*ways[-1], four]]
 
-    last = [bf16, again, cut(1), eight, small]
-    if a.method != "full":
-        last.append(four)
-    return [
-        [bf16, cut(batch_size(a))],
-        [bf16, cut(2)],
-        [bf16, again, cut(2)],
-        [bf16, again, cut(1), small],
-        [bf16, again, cut(1), eight, small],
-        last,
-    ]
+
+def _halves(count: int) -> Iterator[int]:
+    """count, its half and so on, down to 1."""
+    while count:
+        yield count
+        count //= 2
+
+
+def _at_once(micro: int) -> Setting:
+    return Setting(AT_ONCE, micro, "images at once")

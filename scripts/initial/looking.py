@@ -117,18 +117,23 @@ class Base:
 
 def base(name: str | None) -> Base:
     """`toy`, or a folder, file or hub id; by default SD 2.1. Raises UserError for a folder or file
-    that is none."""
+    that is none, or not there."""
     if name in ("toy", _TOY):
         return Base(_TOY, 128, True)
     path = name or SD21
     if Path(path).exists():
         return Base(path, inspect(ModelConfig(path=path)).resolution or 768, False)
+    if path[0] in "/.~" or path.count("/") > 1 or path.endswith(".safetensors"):
+        raise UserError(
+            f"base={path}: no such folder or file; give one that is there, a hub id like {SD21}, "
+            "or base=toy"
+        )
     smaller = re.search(r"base|v1|1-[45]|inpaint|depth", path.lower())
     return Base(path, 512 if smaller else 768, False)
 
 
 def card() -> float | None:
-    """GiB of memory of the first NVIDIA card, less where others share it; None without one."""
+    """GiB of memory of the first NVIDIA card, also what others have of it now; None without one."""
     if shutil.which("nvidia-smi") is None:
         return None
     asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -137,6 +142,13 @@ def card() -> float | None:
         return int(done.stdout.split()[0]) / 1024
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
+
+
+def held_out(path: str) -> str | None:
+    """The pictures that scripts/prepare.py has held out from those in a folder, beside it."""
+    beside = Path(path).parent / "held-out"
+    there = Path(path).name == "train" and beside.is_dir() and any(beside.iterdir())
+    return str(beside) if there else None
 
 
 def kind_of(path: str) -> str:

@@ -34,7 +34,8 @@ class WandbServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def steps(self) -> list[int]:
-        return [row["step"] for row in self.rows]
+        """Of the lines of training; norms have rows of their own."""
+        return [row["step"] for row in self.rows if "train/loss" in row]
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._sockets.append(request)
