@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from data.files import write_atomically
-from scripts import sweep_launching, sweep_ranking, sweeping
+from scripts import sweep_checking, sweep_launching, sweep_ranking, sweeping
 from scripts.sweeping import SweepConfig, SweepFile, SweepRun
+from train import screens
 from train.config import RunFailed, command, load
 
 
@@ -28,6 +30,8 @@ def main(arguments: list[str]) -> None:
     sweep = sweeping.read(config.sweep)
     runs = sweeping.runs_of(sweep, rest)
     missing = [run for run in runs if not run.is_done]
+    if config.launch != "none":
+        sweep_checking.check(missing, rest)
     if config.dry_run:
         for run in missing:
             print(shlex.join([*(sweep.launcher or ["python"]), *run.words]))
@@ -41,25 +45,28 @@ def main(arguments: list[str]) -> None:
         )
         print(f"SLURM job {job['job']}: {len(missing)} tasks of {job['file']}")
         print("once they are through, launch=none ranks them")
+        screens.done(job["file"], job=job["job"], tasks=len(missing))
         return
     codes: Mapping[str, int] = {}
     if config.launch == "local" and missing:
         logs = sweep.output / "logs"
-        local = sweep_launching.Local(sweep.launcher, logs, parallel=config.parallel)
+        local = sweep_launching.Local(sweep.launcher, logs, parallel=config.parallel or 1)
         codes = local.run(missing)
-    tell(sweep, runs)
+    ranking = tell(sweep, runs)
     if any(codes.values()) or len(codes) < len(missing) and config.launch == "local":
         left = sum(not run.is_done for run in runs)
         raise RunFailed(f"{left} of {len(runs)} runs are not done; the same command goes on")
+    screens.done(sweep.output / "sweep.json", ranking=ranking)
 
 
-def tell(sweep: SweepFile, runs: Sequence[SweepRun]) -> None:
-    """The ranking, on the terminal and in OUTPUT/sweep.json."""
+def tell(sweep: SweepFile, runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
+    """The ranking, on the terminal and in OUTPUT/sweep.json; returns it as it stands there."""
     ranked = sweep_ranking.rank(runs, sweep.metric, sweep.better)
+    ranking = sweep_ranking.as_json(ranked)
     content = {
         "metric": sweep.metric,
         "better": sweep.better,
-        "ranking": sweep_ranking.as_json(ranked),
+        "ranking": ranking,
         "runs": [
             {"name": r.name, "values": dict(r.values), "seed": r.seed, "done": r.is_done}
             for r in runs
@@ -69,11 +76,12 @@ def tell(sweep: SweepFile, runs: Sequence[SweepRun]) -> None:
     text = json.dumps(content, indent=1) + "\n"
     write_atomically(sweep.output / "sweep.json", text.encode("utf-8"))
     print(f"\n{sweep_ranking.table(ranked, sweep.metric)}\n\n{sweep.output / 'sweep.json'}")
-    if not any(one.seeds for one in ranked):
+    if any(one.is_done for one in ranked) and not any(one.seeds for one in ranked):
         print(
             f"note: no run has {sweep.metric}; a held-out loss needs validation.path=FOLDER, and "
             "metric: loss ranks by the training loss"
         )
+    return ranking
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

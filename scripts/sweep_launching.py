@@ -16,10 +16,11 @@ from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 
 from scripts.sweeping import SweepRun
+from train import stopping
 from train.config import UserError
 
 _TEMPLATE = "scripts/slurm/array.sbatch"
-_STOPPED = (130, 138, 143)  # exit codes of runs that saved and can go on
+_STOPPED = (129, 130, 138, 143)  # exit codes of runs that saved and can go on
 
 
 class Local:
@@ -30,11 +31,13 @@ class Local:
         self._logs, self._parallel = logs, parallel
         self._gpus = visible_gpus() if parallel > 1 else []
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock, self._stopping = Lock(), False
+        self._lock = Lock()
+        self._stopping = 0  # the signal that says so
 
     def run(self, runs: Sequence[SweepRun]) -> dict[str, int]:
         """The exit code of every run that was started, by its name. One that fails does not keep
-        the others; SIGINT and SIGTERM end those that run, which save, and start no more."""
+        the others; a signal that asks to end ends those that run, which save, and starts no
+        more."""
         waiting: SimpleQueue[tuple[int, SweepRun]] = SimpleQueue()
         for item in enumerate(runs, 1):
             waiting.put(item)
@@ -66,7 +69,8 @@ class Local:
                 took = time.monotonic() - since
                 log = self._logs / f"{run.name}.log"
                 said = ended(codes[run.name], log)
-                print(f"{number}/{total}  {run.name}: {said}, {took:.0f} s", flush=True)
+                with suppress(OSError):  # the terminal is closed
+                    print(f"{number}/{total}  {run.name}: {said}, {took:.0f} s", flush=True)
 
     def _one(self, run: SweepRun, slot: int) -> int:
         environment = dict(os.environ)
@@ -86,6 +90,8 @@ class Local:
                     start_new_session=True,  # signals come by way of us, once
                 )
                 self._running.add(process)
+                if self._stopping:  # since it was started
+                    process.send_signal(self._stopping)
             code = process.wait()
         with self._lock:
             self._running.discard(process)
@@ -94,12 +100,14 @@ class Local:
     @contextmanager
     def _passing_signals_on(self) -> Iterator[None]:
         def stop(number: int, frame: object) -> None:
-            self._stopping = True
+            # A launcher may know no other than these two.
+            self._stopping = number if number == signal.SIGINT else signal.SIGTERM
             for process in list(self._running):
                 with suppress(ProcessLookupError):
-                    process.send_signal(number)
+                    process.send_signal(self._stopping)
 
-        before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        heard = [n for n in stopping.SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, stop) for number in heard}
         try:
             yield
         finally:
@@ -130,7 +138,7 @@ def visible_gpus() -> list[str]:
 
 
 def submit(
-    runs: Sequence[SweepRun], folder: Path, *, at_once: int, options: Sequence[str]
+    runs: Sequence[SweepRun], folder: Path, *, at_once: int | None, options: Sequence[str]
 ) -> Mapping[str, str]:
     """Hands runs to SLURM as one array of jobs; returns the job's number and the file of its lines.
     Raises UserError where there is no sbatch, or it refuses."""
@@ -139,7 +147,7 @@ def submit(
     taken = len(list(folder.glob("runs-*.txt")))
     file = folder / f"runs-{taken + 1}.txt"
     file.write_text("".join(shlex.join(run.words) + "\n" for run in runs), encoding="utf-8")
-    array = f"--array=0-{len(runs) - 1}%{at_once}"
+    array = f"--array=0-{len(runs) - 1}" + (f"%{at_once}" if at_once else "")
     command = ["sbatch", "--parsable", array, *options, _TEMPLATE, str(file)]
     try:
         done = subprocess.run(command, capture_output=True, text=True)

@@ -104,8 +104,9 @@ class SweepConfig(Section):
     """The sweep's file."""
     launch: Literal["local", "slurm", "none"] = "local"
     """local: on this machine; slurm: as an array of jobs; none: only rank what is there."""
-    parallel: int = Field(1, ge=1)
-    """Runs at a time; on this machine each gets a GPU of its own, as far as they go."""
+    parallel: int | None = Field(None, ge=1)
+    """Runs at a time, by default 1 on this machine, where each gets a GPU of its own as far as they
+    go, and as many as SLURM will on a cluster."""
     sbatch: list[str] = []
     """Options for sbatch, like [--time=2:00:00, --partition=short]."""
     dry_run: bool = False
@@ -197,11 +198,14 @@ def shortened(keys: Sequence[str]) -> dict[str, str]:
 
 def _plain(value: Any) -> str:
     """As it can stand in a folder's name."""
-    return _KEPT.sub("-", _text(value)).strip("-") or "empty"
+    return _KEPT.sub("-", _text(value)).rstrip("-") or "empty"  # in front it may be a minus
 
 
 def _text(value: Any) -> str:
     """As YAML reads it back."""
     if isinstance(value, str):
         return value
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return json.dumps(value)

@@ -1,6 +1,7 @@
 """scripts/sweep.py with a stand-in for what it trains, and the files of configs/sweeps."""
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -35,6 +36,7 @@ if told.get("waits"):
     (output / "waiting").touch()
     time.sleep(60)
 if told["lora.rank"] == told.get("fails"):
+    (output / "metrics.jsonl").write_text('{"step": 0, "validation/loss": 0.001}\\n')
     sys.exit("no memory")
 best = 1 / int(told["lora.rank"]) + 0.01 * int(told.get("seed", 0))
 with (output / "metrics.jsonl").open("w") as file:
@@ -108,6 +110,7 @@ def test_what_failed_keeps_nothing_up_and_is_tried_again_alone(sweep, tmp_path, 
     log = tmp_path / "ranks/logs/rank-16.log"
     said = capsys.readouterr().out
     assert f"2/3  rank-16: failed with exit code 1, see {log}" in said
+    assert "\n    16    (not done)            0/1\n" in said  # and not with its base's loss
     assert "no memory" in log.read_text()
     assert [one["seeds"] for one in ranking(tmp_path / "ranks")] == [1, 1, 0]
     entry.main([given])
@@ -121,17 +124,35 @@ def test_runs_at_a_time_get_a_gpu_each(sweep, tmp_path, monkeypatch):
     assert gpus == {"4", "5"}
 
 
-def test_the_signal_that_ends_a_sweep_ends_its_runs_and_starts_no_more(sweep, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_the_signal_that_ends_a_sweep_ends_its_runs_and_starts_no_more(sweep, tmp_path, number):
     command = [sys.executable, "scripts/sweep.py", sweep(), "waits=1"]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while not (tmp_path / "ranks/rank-4/waiting").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
+    running.send_signal(number)
     said, _ = running.communicate(timeout=30)
     assert running.returncode == 1 and "rank-4: interrupted" in said
     assert not (tmp_path / "ranks/rank-16").exists()
+
+
+def test_a_run_that_is_just_being_started_hears_the_signal_too(sweep, tmp_path):
+    local = sweep_launching.Local([], tmp_path / "logs", parallel=1)
+
+    class Running(set):
+        def add(self, process):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not local._stopping:
+                time.sleep(0.01)
+            super().add(process)
+
+    local._running = Running()
+    runs = sweeping.runs_of(sweeping.read(Path(sweep().partition("=")[2])), ["waits=1"])
+    before = time.monotonic()
+    assert local.run(runs) == {"rank-4": 143}
+    assert time.monotonic() - before < 20
 
 
 def test_a_dry_run_says_what_would_be_done(sweep, tmp_path, capsys):
@@ -156,6 +177,9 @@ def test_settings_drawn_at_random_are_the_same_every_time(sweep):
     assert 70 < below < 130
 
 
+OURS = {"entry": "train/lora.py"}
+
+
 @pytest.mark.parametrize(
     ("content", "given", "message"),
     [
@@ -163,13 +187,40 @@ def test_settings_drawn_at_random_are_the_same_every_time(sweep):
         ({"grid": {"lora.rank": []}}, [], "lora.rank has no values"),
         ({"grid": {"lora.rank": [4, 4]}}, [], "two settings of the sweep are called rank-4"),
         ({}, ["output=elsewhere"], "output is given to each run by the sweep"),
+        (OURS | {"grid": {"lora.rnk": [4]}}, [], "'lora.rnk'; did you mean 'lora.rank'"),
+        (OURS, ["dry_run=true", "train.step=1"], "did you mean 'train.steps'"),
+        (OURS, ["paralel=2"], "for 'paralel', 'parallel' is a key of the sweep itself"),
         ({"entry": "train/none.py"}, [], "start this in the repository's folder"),
         ({"random": {"ranges": {"seed": {"low": 0, "high": 1, "log": True}}}}, [], "above 0"),
     ],
 )
-def test_mistakes_are_told(sweep, content, given, message):
+def test_mistakes_are_told(sweep, tmp_path, monkeypatch, content, given, message):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
         entry.main([sweep(**content), *given])
+    assert not (tmp_path / "ranks").exists()
+
+
+def test_values_are_told_apart_and_given_whole(sweep):
+    values = [-0.1, 0.1, 0.123456789, 1.0]
+    found = sweeping.read(Path(sweep(grid={"optim.weight": values}).partition("=")[2]))
+    runs = sweeping.runs_of(found, [])
+    names = ["weight--0.1", "weight-0.1", "weight-0.123456789", "weight-1"]
+    assert [run.name for run in runs] == names
+    assert "optim.weight=0.123456789" in runs[2].words
+
+
+@pytest.mark.parametrize("flag", ["--quiet", "--json"])
+def test_a_sweep_ends_with_its_ranking_for_programs(sweep, tmp_path, flag):
+    command = [sys.executable, "scripts/sweep.py", flag, sweep(grid={"lora.rank": [4]})]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    result = str(tmp_path / "ranks/sweep.json")
+    if flag == "--quiet":
+        assert said == f"{result}\n"
+    else:
+        last = json.loads(said.splitlines()[-1])
+        assert (last["event"], last["result"]) == ("done", result)
+        assert last["ranking"] == ranking(tmp_path / "ranks")
 
 
 # SLURM
@@ -185,6 +236,8 @@ def test_slurm_gets_one_array_and_each_task_its_line(sweep, tmp_path, monkeypatc
     entry.main(given)
     asked = (tmp_path / "asked").read_text().splitlines()
     lines = tmp_path / "ranks/runs-1.txt"
+    entry.main([word for word in given if not word.startswith("parallel")])
+    assert (tmp_path / "asked").read_text().splitlines()[1] == "--array=0-1"
     assert asked[1:] == [
         *("--array=0-1%3", "--time=1:00:00"),
         *("scripts/slurm/array.sbatch", str(lines)),
@@ -202,7 +255,7 @@ def test_slurm_gets_one_array_and_each_task_its_line(sweep, tmp_path, monkeypatc
     job = Slurm(tmp_path / "beyond").submit("array.sbatch", str(lines))
     assert "has no line for task 2" in job.communicate(timeout=30)[0] and job.returncode == 2
     entry.main(given)  # of what is left
-    assert len((tmp_path / "ranks/runs-2.txt").read_text().splitlines()) == 1
+    assert len((tmp_path / "ranks/runs-3.txt").read_text().splitlines()) == 1
 
 
 def test_without_slurm_it_is_said(sweep, monkeypatch, tmp_path):
@@ -249,13 +302,17 @@ def test_wandbs_agent_gives_each_run_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def test_a_score_of_an_evaluation_can_rank_too(tmp_path):
-    value = {"value": 0.3, "low": 0.2, "high": 0.4}
-    scores = {"clip_t": {"values": {"finetuned": value}}}
-    run = sweeping.SweepRun("a", tmp_path, {"lora.rank": 4}, None, [])
-    (tmp_path / "eval").mkdir()
-    (tmp_path / "eval/metrics.json").write_text(json.dumps({"scores": scores}))
-    (one,) = sweep_ranking.rank([run], "clip_t", "more")
-    assert one.mean == 0.3 and one.spread == pytest.approx(0.2 / 3.92)
+    def run(seed, **value):
+        folder = tmp_path / str(seed)
+        for name in ("eval", "adapter"):
+            (folder / name).mkdir(parents=True)
+        scores = {"clip_t": {"values": {"finetuned": value}}}
+        (folder / "eval/metrics.json").write_text(json.dumps({"scores": scores}))
+        return sweeping.SweepRun(str(seed), folder, {"lora.rank": 4}, seed, [])
+
+    runs = [run(0, value=0.3, low=0.2, high=0.4), run(1, value=None), run(2, value=math.nan)]
+    (one,) = sweep_ranking.rank(runs, "clip_t", "more")
+    assert one.mean == 0.3 and one.spread == pytest.approx(0.2 / 3.92) and one.seeds == 1
 
 
 def test_gpus_are_those_that_the_sweep_may_use(monkeypatch):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from train import dashboards
+from train import dashboards, screens
 from train.config import RunFailed, TrackingConfig
-from train.tracking import MetricsFile, open_trackers, read_metrics
+from train.tracking import MetricsFile, Trackers, introduction, open_trackers, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,8 +49,20 @@ class Run:
     def log(self, line):
         do("log", **line)
 
+    def log_artifact(self, artifact):
+        do("artifact", name=artifact.name)
+
     def finish(self, exit_code):
         do("finish", code=exit_code)
+
+class Artifact:
+    def __init__(self, name, type):
+        self.name = name
+
+    def add_dir(self, path, **options):
+        pass
+
+    add_file = add_dir
 
 def teardown():
     do("teardown")
@@ -216,7 +228,7 @@ def test_a_dashboard_is_told_all_without_its_walls_of_text(tmp_path, wandb, capf
         ("log", {"step": 2}),
         ("finish", {"code": 0}),
     ]
-    assert capfd.readouterr() == ("", "wandb: https://dashboard\n")
+    assert capfd.readouterr() == ("wandb: https://dashboard\n", "")
 
 
 @pytest.mark.parametrize("failing", ["log", "finish"])
@@ -240,9 +252,9 @@ def test_where_the_server_is_not_there_it_goes_on_offline(tmp_path, wandb, capsy
         "log",
         "finish",
     ]
-    said = capsys.readouterr().err
-    assert "warning: wandb goes on offline (no network)\n" in said
-    assert f"`wandb sync {tmp_path}/wandb/run-1`" in said and said.count("\n") == 2
+    notes, warnings = capsys.readouterr()
+    assert warnings == "warning: wandb goes on offline (no network)\n"
+    assert f"`wandb sync {tmp_path}/wandb/run-1`" in notes and notes.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -311,6 +323,149 @@ def test_a_run_that_must_go_leaves_it_behind(tmp_path, wandb, monkeypatch, why):
     fake.until("finish")
     assert fake.calls[-1] == ("finish", {"code": int(why == "failed")})
     assert process.wait(10) == 1
+
+
+@pytest.fixture
+def made(tmp_path):
+    """What a run has made: 2 MB."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/weights").write_bytes(bytes(2_000_000))
+    return {}
+
+
+def test_files_get_the_time_that_they_take(tmp_path, wandb, short, made, capsys):
+    wandb("artifact:hang")
+    trackers = start(tmp_path, trackers=["wandb"])
+    trackers.deliver(tmp_path, made)
+    before = time.monotonic()
+    trackers.finish()
+    assert 2.4 < time.monotonic() - before < 6
+    assert "wandb has not taken everything within 2 s" in capsys.readouterr().err
+
+
+def test_one_that_has_not_even_begun_gets_no_time_for_files(tmp_path, wandb, short, made):
+    wandb("init:hang")
+    trackers = start(tmp_path, trackers=["wandb"])
+    trackers.deliver(tmp_path, made)
+    before = time.monotonic()
+    trackers.finish()
+    assert time.monotonic() - before < 2.4
+
+
+def test_the_time_for_files_has_an_end_and_tensorboard_sends_none(tmp_path, made, monkeypatch):
+    monkeypatch.setattr(dashboards, "SEND_RATE", 1.0)
+    for name, seconds in (("wandb", dashboards.SEND_SECONDS), ("tensorboard", 0)):
+        monkeypatch.setattr(dashboards.Dashboard, "_start", lambda self: None)
+        board = dashboards.Dashboard(name, {})
+        board.show("artifact", name="full", kind="model", paths=[str(tmp_path / "full")])
+        assert board.seconds_for_files == seconds
+
+
+def test_how_a_run_ended_is_shown_though_its_files_were_cut_off(tmp_path, wandb, short, made):
+    fake = wandb("artifact:hang")
+    with start(tmp_path, trackers=["wandb"]) as trackers:
+        trackers.log({"step": 1})
+        trackers.deliver(tmp_path, made)
+    fake.until("finish")
+    assert [call[0] for call in fake.calls] == ["init", "log", "artifact", "init", "finish"]
+    first, again = (call[1] for call in fake.calls if call[0] == "init")
+    assert first["id"] == again["id"] and fake.calls[-1] == ("finish", {"code": 0})
+
+
+@pytest.mark.parametrize("how", ["signal", "Ctrl-C"])
+def test_one_that_is_asked_to_end_while_it_waits_does_so_at_once(
+    tmp_path, wandb, monkeypatch, how, capsys
+):
+    monkeypatch.setattr(dashboards, "FINISH_SECONDS", 20.0)
+    monkeypatch.setattr(dashboards, "TELL_SECONDS", 0.1)
+    fake, asked = wandb("finish:hang"), []
+    monkeypatch.setattr(dashboards.stopping, "asked", lambda: len(asked))
+    trackers = start(tmp_path, trackers=["wandb"])
+    process = process_of(trackers)
+    fake.until("init")
+
+    def attend(board, waited):
+        if waited > 0.3:
+            asked.append(signal.SIGTERM)
+            if how == "Ctrl-C":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(dashboards.Dashboard, "attend", attend)
+    before = time.monotonic()
+    trackers.finish()
+    assert time.monotonic() - before < 3 and process.poll() is None
+    notes = capsys.readouterr().out
+    assert "waiting until wandb has everything, 20 s at the most" in notes
+    assert ("wandb: sending goes on without the run" in notes) == (how == "signal")
+    process.kill()
+
+
+def test_several_are_waited_for_together(tmp_path, wandb, monkeypatch, capsys):
+    monkeypatch.setattr(dashboards, "FINISH_SECONDS", 1.5)
+    wandb("init:hang")
+    hello = introduction(tmp_path, {}, TrackingConfig(project="p"))
+    boards = [dashboards.Dashboard("wandb", hello) for _ in range(3)]
+    before = time.monotonic()
+    dashboards.finish(boards)
+    assert time.monotonic() - before < 4
+    assert capsys.readouterr().err.count("warning: wandb has not taken everything") == 3
+
+
+def test_one_that_is_killed_is_said_at_the_next_line(tmp_path, wandb, capsys):
+    fake = wandb()
+    trackers = start(tmp_path, trackers=["wandb"])
+    process = process_of(trackers)
+    fake.until("init")
+    process.kill()
+    process.wait()
+    for step in (1, 2):
+        trackers.log({"step": step})
+        said = capsys.readouterr().err
+        assert ("the process of wandb ended with code -9" in said) == (step == 1)
+    trackers.finish()
+    assert not capsys.readouterr().err
+
+
+def test_norms_that_cannot_be_taken_cost_one_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dashboards.Dashboard, "_start", lambda self: None)
+    trackers = Trackers([dashboards.Dashboard("wandb", {})])
+
+    def fail(model):
+        raise RuntimeError("out of memory\nand a page about it")
+
+    monkeypatch.setattr("train.norms.of", fail)
+    for step in (1, 2):
+        trackers.norms(step, None)
+    said = "warning: dashboards go on without norms (out of memory)\n"
+    assert capsys.readouterr().err == said
+
+
+def test_notes_are_no_part_of_a_quiet_run_and_no_error_where_nobody_reads(capsys, monkeypatch):
+    with screens.speaking(screens.Way(quiet=True)):
+        dashboards.note("wandb: https://dashboard")
+        dashboards.warn("wandb is off")
+    assert capsys.readouterr() == ("", "warning: wandb is off\n")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        dashboards.note("wandb: https://dashboard")
+
+
+def test_one_whose_run_is_gone_before_it_looks_ends_too(tmp_path, wandb):
+    """As its parent, which it then has another of, would not tell."""
+    wandb("finish:hang")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    hello = introduction(tmp_path, {}, TrackingConfig(project="p"))
+    line = {**hello, "pid": gone.pid, "seconds": 0.2}
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(ROOT / "train/dashboard_process.py"), "wandb"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    process.stdin.write(json.dumps(line).encode() + b"\n")
+    process.stdin.flush()
+    assert process.wait(20) == 1
+    process.stdin.close()
 
 
 def test_signals_to_all_processes_of_a_job_are_not_for_it(tmp_path, wandb):

@@ -1,6 +1,7 @@
 """What a run of the tiny model leaves on wandb and TensorBoard, read back by their own means."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -243,9 +244,8 @@ for start in (0, 1):
 def test_every_number_of_a_line_has_a_name_and_a_unit(run):
     names = {name for line in read_metrics(run / "metrics.jsonl") for name in line} - {"step"}
     assert names <= CURVES.keys()
-    assert dict(drawn({"step": 1, "loss": None, "lr_text_encoder": 0.5})) == {
-        ("train/learning_rate_text_encoder", CURVES["lr"].unit): 0.5
-    }
+    line = {"step": 1, "loss": None, "grad_norm": math.nan, "lr_text_encoder": 0.5}
+    assert dict(drawn(line)) == {("train/learning_rate_text_encoder", CURVES["lr"].unit): 0.5}
 
 
 def test_the_norm_of_a_layer_is_that_of_the_dense_product():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ class TensorBoard:
         purged = {} if start is None else {"purge_step": start + 1 if start else 0}
         self._folder = hello.output / "tensorboard"
         self._writer: Any = SummaryWriter(str(self._folder), flush_secs=5, **purged)
-        self._system = SystemUse(os.getppid())
+        self._system = SystemUse(hello.pid)
         self._step = start if start is not None else hello.steps
         self._describe(hello)
         say("note", f"TensorBoard: `tensorboard --logdir {shlex.quote(str(self._folder))}`")
@@ -105,6 +104,9 @@ class TensorBoard:
 
     def finish(self, code: int) -> None:
         self._writer.close()
+
+    def cut_off(self, code: int) -> None:
+        """Nothing: what is written is whole."""
 
     def kept(self) -> str:
         return f"; what there is lies in {self._folder}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ class Wandb:
     """
 
     INIT_SECONDS = 60
+    _ENDING = Path(__file__).with_name("wandb_ending.py")
 
     def __init__(self, hello: Hello, say: Say) -> None:
         # Pictures and files wait to be sent beside the run, not in the user's home.
@@ -31,10 +35,13 @@ class Wandb:
 
         self._wandb: Any = wandb
         self._say, self._why = say, ""
+        self._sends_files = False
         self._run: Any = None
         # A sweep's agent has given the run its id.
         self._id = lasting_id(hello.output / "wandb_id.txt", os.environ.get("WANDB_RUN_ID"))
-        self._run = self._started(self._arguments(hello), offline=hello.offline)
+        self._about = self._arguments(hello)
+        settings = self._settings(hello)
+        self._run = self._started(self._about | {"settings": settings}, offline=hello.offline)
         self._run.define_metric(AXIS)
         self._run.define_metric("*", step_metric=AXIS)
         self._table: Any = None
@@ -53,15 +60,17 @@ class Wandb:
             "group": hello.group,
             "tags": list(hello.tags) or None,
             "job_type": hello.job,
-            "settings": self._wandb.Settings(
-                console="off",
-                silent=True,
-                disable_code=True,
-                disable_git=True,
-                init_timeout=self.INIT_SECONDS,
-                x_stats_pid=os.getppid(),
-            ),
         }
+
+    def _settings(self, hello: Hello) -> Any:
+        return self._wandb.Settings(
+            console="off",
+            silent=True,
+            disable_code=True,
+            disable_git=True,
+            init_timeout=self.INIT_SECONDS,
+            x_stats_pid=hello.pid,
+        )
 
     def _started(self, arguments: Line, *, offline: bool) -> Any:
         if offline:
@@ -111,6 +120,7 @@ class Wandb:
                     self._run.summary[f"evaluation/result/{row['metric']}{end}"] = value
 
     def artifact(self, name: str, kind: str, paths: list[str]) -> None:
+        self._sends_files = True
         artifact = self._wandb.Artifact(f"{name}-{self._id}", type=kind)
         for path in map(Path, paths):
             if path.is_dir():
@@ -124,6 +134,21 @@ class Wandb:
         self._run.finish(exit_code=code)
         if self._run.offline:
             self._say("note", f"wandb was offline{self.kept()}")
+
+    def cut_off(self, code: int) -> None:
+        """wandb says how a run ended only once its files are sent, and calls it crashed before: has
+        another process say it, as this one's would be late."""
+        if not self._sends_files or self._run.offline:
+            return
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(self._ENDING)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        told = {"run": self._about, "code": code, "after": os.getpid()}
+        process.stdin.write(json.dumps(told).encode())
+        process.stdin.close()
 
     def kept(self) -> str:
         if self._run is None:

@@ -29,12 +29,14 @@ class Hello:
     group: str | None = None
     tags: tuple[str, ...] = ()
     job: str | None = None
-    """What is trained, or "evaluate"."""
+    """What is trained; None where the settings do not say."""
     offline: bool = False
     start: int | None = None
     """The step that training goes on from, after which nothing holds; None where it is over."""
     seconds: float = 30.0
-    """How long the dashboard may take once the run has ended."""
+    """How long the dashboard may take once the run has ended, but for files."""
+    pid: int = 0
+    """Of the run's process."""
 
     @property
     def steps(self) -> int:
@@ -89,6 +91,9 @@ class Dashboard(Protocol):
 
     def finish(self, code: int) -> None:
         """code: 0 for a run that has come to its end."""
+
+    def cut_off(self, code: int) -> None:
+        """What is left to be done as the process is ended before `finish` was through; at once."""
 
     def kept(self) -> str:
         """Where what could not be sent is, as the end of a sentence; empty where nowhere."""

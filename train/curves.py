@@ -6,6 +6,7 @@ together side by side, under names that say more. Imports nothing, for train/das
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def drawn(line: Mapping[str, Any]) -> Iterator[tuple[Curve, float]]:
     """A line's numbers with their curves, an interval beside a held-out loss; without its step and
     what is not finite."""
     for name, value in {**line, **interval(line)}.items():
-        if name != AXIS and isinstance(value, int | float):
+        if name != AXIS and isinstance(value, int | float) and math.isfinite(value):
             yield curve(name), value
 
 

@@ -60,7 +60,8 @@ class Server:
         self._board: Dashboard | None = None
         self._failed: set[str] = set()
         self._lines: queue.Queue[Line] = queue.Queue(HELD_LINES)
-        self._run, self._ended = os.getppid(), threading.Event()
+        self._end: Line = {"end": 1}
+        self._ended = threading.Event()
 
     def serve(self, source: BinaryIO) -> None:
         """Until a line says how the run ended."""
@@ -91,23 +92,36 @@ class Server:
             with suppress(ValueError):  # torn, where the run was killed
                 line = json.loads(text)
                 if "end" in line:
+                    self._end = line
                     self._ended.set()
                 self._lines.put(line)
 
     def _watch(self) -> None:
-        while os.getppid() == self._run and not self._ended.wait(_WATCH_SECONDS):
+        # By the number that the run has said: it may have gone before this process looks.
+        while os.getppid() == self._hello["pid"] and not self._ended.wait(_WATCH_SECONDS):
             pass
         # Gone without a word. Not the end of its input: a worker of its loader may hold on to that.
         if not self._ended.is_set():
             with suppress(queue.Full):
-                self._lines.put_nowait({"end": 1})
-        time.sleep(self._hello["seconds"])
+                self._lines.put_nowait(self._end)
         self._warn(
-            f"{self._name} has not taken everything within {self._hello['seconds']:.0f} s of the "
-            "run's end; metrics.jsonl has it"
+            f"{self._name} has not taken everything within {self._wait():.0f} s of the run's end; "
+            "metrics.jsonl has every line"
         )
+        with suppress(Exception):
+            if self._board is not None:
+                self._board.cut_off(self._end["end"])
         self._say("done", "")
         os._exit(1)
+
+    def _wait(self) -> float:
+        """As long as this process may take; returns the seconds."""
+        seconds, files = self._hello["seconds"], self._end.get("files", 0.0)
+        time.sleep(seconds)
+        if self._board is None:  # not even begun: it would send no file either
+            return float(seconds)
+        time.sleep(files)
+        return float(seconds + files)
 
     def _warn(self, text: str) -> None:
         self._say("warning", text + (self._board.kept() if self._board else ""))

@@ -130,7 +130,9 @@ class Pause:
         self.averages.settle()
         sharding.gather(self.method, self.accelerator)
         if best is not None:
-            self.previews.render(self.method, best.step, check=lambda: None)
+            made = self.previews.render(self.method, best.step, check=lambda: None)
+            if made:
+                self.trackers.previews(best.step, self.previews)
 
     def _take(self, step: int) -> None:
         try:

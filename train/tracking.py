@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from train import dashboards
 from train.config import RunFailed, TrackingConfig
 from train.dashboards import Dashboard, warn
 
@@ -111,6 +112,7 @@ class Trackers:
     def __init__(self, trackers: list[Tracker], *, artifacts: bool = False) -> None:
         """artifacts: whether dashboards are given what the run has made."""
         self._trackers, self._artifacts = trackers, artifacts
+        self._takes_norms = True
 
     @property
     def _dashboards(self) -> list[Dashboard]:
@@ -126,13 +128,21 @@ class Trackers:
             board.show("previews", step=step, pictures=previews.shown(step))
 
     def norms(self, step: int, model: nn.Module) -> None:
-        """How long what trains is, by block."""
-        if self._dashboards:
-            from train import norms
+        """How long what trains is, by block. Where that fails, as for lack of memory, it is one
+        warning and that they are left out."""
+        if not (self._dashboards and self._takes_norms):
+            return
+        from train import norms
 
+        try:
             found = norms.of(model)
-            for board in self._dashboards:
-                board.show("norms", step=step, blocks=found)
+        except Exception as error:
+            self._takes_norms = False
+            first = str(error).partition("\n")[0]
+            warn(f"dashboards go on without norms ({first})")
+            return
+        for board in self._dashboards:
+            board.show("norms", step=step, blocks=found)
 
     def deliver(self, output: Path, settings: Mapping[str, Any]) -> None:
         """What a run that is through has made."""
@@ -142,7 +152,9 @@ class Trackers:
 
     def finish(self, *, failed: bool = False) -> None:
         for tracker in self._trackers:
-            tracker.finish(failed=failed)
+            if not isinstance(tracker, Dashboard):
+                tracker.finish(failed=failed)
+        dashboards.finish(self._dashboards, failed=failed)
 
     def __enter__(self) -> Self:
         return self
@@ -205,8 +217,7 @@ def add_scores(
         board.show("scores", rows=list(score_rows(metrics)))
         if config.artifacts and report.is_file():
             board.show("artifact", name="evaluation", kind="report", paths=[str(report.absolute())])
-    for board in boards:
-        board.finish()
+    dashboards.finish(boards)
 
 
 def score_rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -240,13 +251,13 @@ def _verdict(better: str | None, change: Mapping[str, Any]) -> str | None:
 
 def made_by(output: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
     """Name, kind and paths of what is to be kept of a run that is through: the account of its
-    pictures, its result and its report."""
+    pictures, its report and, as that is large, its result last."""
     data = settings.get("data") or {}
     sources = [source.get("path") for source in data.get("sources") or ()] or [data.get("path")]
     named = {
         ("dataset", "dataset"): [output / "manifest.json", *_reports_of(filter(None, sources))],
-        **{(name, "model"): [output / name] for name in ("adapter", "full")},
         ("report", "report"): [output / "report.html"],
+        **{(name, "model"): [output / name] for name in ("adapter", "full")},
     }
     for (name, kind), paths in named.items():
         there = [str(path.absolute()) for path in paths if path.exists()]
