@@ -1,9 +1,8 @@
 """Has wandb show how a run ended, where sending its files took longer than its dashboard was given.
 
-    python train/wandb_ending.py < RUN        # {"run": arguments of wandb.init, "code", "after"}
-
-Started by train/board_wandb.py. It waits until that process, number "after", is gone, whose service
-would go on saying that the run is under way, and takes no longer than SECONDS.
+Started by train/board_wandb.py, with JSON on its input: {"run": arguments of wandb.init, "code",
+"after"}. It waits until that process, number "after", is gone, whose service would go on saying
+that the run is under way, and takes no longer than SECONDS.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ WITHOUT = [
     Removal(
         "the lock is held until the run ends",
         "train/plan.py",
-        "with planned.lock, _ending(config, planned), ",
-        "planned.lock.close()\n    with _ending(config, planned), ",
+        "        planned.lock,\n        _ending(config, planned),\n",
+        "        planned.lock.close() or planned.lock,\n        _ending(config, planned),\n",
     ),
 ]
 
