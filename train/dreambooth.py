@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
 
     # Heavy imports wait until the run is known to be possible.
     from eval import in_training
-    from train import export, feeding, models, report
+    from train import feeding, models, results
     from train.diffusion import Objective
     from train.loop import fit
 
@@ -74,12 +74,7 @@ def main(arguments: list[str]) -> None:
             seed=config.seed,
         )
         judge = in_training.judge(planned.scoring, accelerator)
-
-        def publish() -> None:
-            if accelerator.is_main_process:
-                report.write(config.output)
-            export.publish(method, config.output / result, accelerator)
-
+        publish = results.publisher(method, config.output / result, accelerator)
         fit(method, batches, config, accelerator, judge, publish)
 
 

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
 
     # Heavy imports wait until the run is known to be possible.
     from eval import in_training
-    from train import export, feeding, models, report
+    from train import feeding, models, results
     from train.diffusion import Objective
     from train.loop import fit
 
@@ -49,12 +49,7 @@ def main(arguments: list[str]) -> None:
         objective = Objective.of(pipeline.scheduler, config.diffusion)
         method = Lora(pipeline, objective, config.lora, seed=config.seed)
         judge = in_training.judge(planned.scoring, accelerator)
-
-        def publish() -> None:
-            if accelerator.is_main_process:
-                report.write(config.output)
-            export.publish(method, config.output / "adapter", accelerator)
-
+        publish = results.publisher(method, config.output / "adapter", accelerator)
         fit(method, batches, config, accelerator, judge, publish)
 
 

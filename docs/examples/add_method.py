@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
 
     # Heavy imports wait until the run is known to be possible.
     from eval import in_training
-    from train import export, feeding, report
+    from train import feeding, results
     from train.diffusion import Objective
     from train.loop import fit
 
@@ -48,12 +48,7 @@ def main(arguments: list[str]) -> None:
         objective = Objective.of(pipeline.scheduler, config.diffusion)
         method = CrossAttention(pipeline, objective, config.cross_attention)
         judge = in_training.judge(planned.scoring, accelerator)
-
-        def publish() -> None:
-            if accelerator.is_main_process:
-                report.write(config.output)
-            export.publish(method, config.output / "full", accelerator)
-
+        publish = results.publisher(method, config.output / "full", accelerator)
         fit(method, batches, config, accelerator, judge, publish)
 
 

@@ -317,7 +317,7 @@ def test_a_launcher_that_ends_before_its_process_listens_takes_it_along(starter,
     command = ["train/lora.py", *arguments(world, output, *SPARSE)]
     run = starter.start(*command, launcher="accelerate")
     run.until(
-        lambda: "train    6 steps" in run.output, timeout=120
+        lambda: "steps    6 steps" in run.output, timeout=120
     )  # then it imports what is heavy
     run.signal(signal.SIGTERM)
     assert run.wait() == [-signal.SIGTERM]

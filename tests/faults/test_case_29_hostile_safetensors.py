@@ -191,7 +191,7 @@ def test_in_a_run_s_report_and_its_evaluation(starter, world, pictures, tmp_path
     base = tmp_path / f"base {BAD_NAME}"
     base.symlink_to(world / "base")
     starter.finish("train/lora.py", *arguments(world, run, f"model.path={base}", *how))
-    assert_text_stays_text(run / "report.html", EVIL, BAD_NAME)
+    assert_text_stays_text(run / "report.html", EVIL, BAD_NAME, scripts=1)
     (pictures / f"broken{BAD_NAME}.png").unlink()
     starter.finish("eval/evaluate.py", f"run={run}")
     assert_text_stays_text(run / "eval" / "report.html", EVIL)
