@@ -19,6 +19,7 @@ from train.config import UserError
 HEAVY_CROP = 0.25  # share of a picture's pixels
 STRONG_ENLARGEMENT = 1.5
 FEW_PICTURES = 10
+FEW_HELD_OUT = 6  # as many captions as a test of significance needs, eval/significance.py
 COMMON_CAPTION = 0.3  # share of the pictures
 SHORT_BATCHES = 0.25  # share of an epoch's batches
 SPOKEN = 3  # pictures named in a warning
@@ -119,6 +120,7 @@ def warnings(report: Mapping[str, Any]) -> list[dict[str, str]]:
         _left_from_before,
         _few,
         _no_held_out,
+        _few_held_out,
         _cut,
         _said_again,
         _duplicates,
@@ -202,6 +204,16 @@ def _few(report: Mapping[str, Any]) -> str:
     return (
         f"Only {many(count, 'picture', 'is')} left to train on. That can be enough for a subject, "
         "but not for a style."
+    )
+
+
+def _few_held_out(report: Mapping[str, Any]) -> str:
+    count = report["counts"]["held_out"]
+    if not 0 < count < FEW_HELD_OUT:
+        return ""
+    return (
+        f"only {many(count, 'picture')} held out: eval/evaluate.py can tell a change from chance "
+        f"from {FEW_HELD_OUT} different captions on: give a larger held_out="
     )
 
 

@@ -119,7 +119,8 @@ def legend(metrics: Mapping[str, Any]) -> str:
     if CHANGE in arms:
         said.append(
             f"Change, on the same prompts and seeds: fine-tuned minus "
-            f"{_subtracted(metrics, scores)}. Unclear: its interval holds 0."
+            f"{_subtracted(metrics, scores)}. Unclear: its interval holds 0, or there are too few "
+            "prompts to tell."
         )
     said += [
         f"{name[:1].upper()}{name[1:]}: {_ABOUT[arm]}."

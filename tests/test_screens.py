@@ -155,7 +155,9 @@ def test_a_sign_of_life_is_erased_before_the_next_text(monkeypatch):
             time.sleep(0.2)
         terminal.write("NEXT")
         terminal.flush()
-        text = os.read(mine, 10_000).decode()
+        text = ""
+        while not text.endswith("NEXT"):
+            text += os.read(mine, 10_000).decode()
     os.close(mine)
     assert "loading base: 00:0" in text and "at once" not in text
     assert re.search(r"\r +\r(\x1b\[A)?NEXT$", text), text

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import resource
@@ -445,9 +446,9 @@ def test_notes_are_no_part_of_a_quiet_run_and_no_error_where_nobody_reads(capsys
         dashboards.note("wandb: https://dashboard")
         dashboards.warn("wandb is off")
     assert capsys.readouterr() == ("", "warning: wandb is off\n")
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr("sys.stdout", full)
-        dashboards.note("wandb: https://dashboard")
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.FileIO(full, "w"), write_through=True))
+    dashboards.note("wandb: https://dashboard")
 
 
 def test_one_whose_run_is_gone_before_it_looks_ends_too(tmp_path, wandb):

@@ -84,7 +84,8 @@ def training_seconds(config: RunConfig, found: Pictures, card: str | None) -> fl
     picture = flops.per_picture(config, work)
     # On a CPU the processes share what one would have.
     rate *= SHARE * (1 if card is None else processes())
-    return train.steps * train.batch_size * (picture.model + picture.again) / rate
+    steps = max(train.steps - (rundir.newest(config.output) or 0), 0)
+    return steps * train.batch_size * (picture.model + picture.again) / rate
 
 
 def _peak(config: RunConfig, found: Pictures, card: str | None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 
-from train import adapters, base_layers, demands, expectation, screens
+from train import adapters, base_layers, demands, expectation, rundir, screens
 from train.config import (
     DreamBoothRun,
     FullRun,
@@ -48,6 +48,7 @@ def rows(
         *(("source", share) for share in found.shares()),
         *((label, text) for label, text in added if label != "note"),
         ("steps", steps(config, found)),
+        *(("goes on", text) for text in resumed(config)),
         ("update", update(config)),
         *(("expected", text) for text in expectation.of(config, found)),
         ("saves", saves(config)),
@@ -144,6 +145,12 @@ def _epochs(config: RunConfig, found: Pictures) -> str:
     return f" ({order.epochs(config.train.steps):.3g} epochs of {order.batches_in(0)} steps)"
 
 
+def resumed(config: RunConfig) -> list[str]:
+    """From which step, if a run is there to go on with."""
+    step = rundir.newest(config.output)
+    return [] if step is None else [f"from the checkpoint of step {step}"]
+
+
 def update(config: RunConfig) -> str:
     """Optimizer, rate and precision."""
     optim, train = config.optim, config.train
@@ -157,14 +164,12 @@ def update(config: RunConfig) -> str:
 
 def saves(config: RunConfig) -> str:
     """What is written in the course of training, and how often."""
-    kept = (
-        f"a checkpoint every {config.checkpoint.every} steps (the newest {config.checkpoint.keep})"
-    )
-    preview = config.preview
-    if not (preview.every and preview.prompts):
-        return kept
-    many = "1 preview" if len(preview.prompts) == 1 else f"{len(preview.prompts)} previews"
-    return f"{kept}, {many} every {preview.every}"
+    newest, preview = config.checkpoint.keep, config.preview
+    kept = f"a checkpoint every {config.checkpoint.every} steps (the newest {newest})"
+    if preview.every and preview.prompts:
+        many = "1 preview" if len(preview.prompts) == 1 else f"{len(preview.prompts)} previews"
+        kept += f", {many} every {preview.every}"
+    return f"{kept}, and at the end"
 
 
 def output(config: RunConfig) -> str:

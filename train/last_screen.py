@@ -61,7 +61,7 @@ def _outcome(run: Run, folder: Path, seconds: float | None) -> Iterator[Row]:
     rate = f"{speeds[len(speeds) // 2]:.3g} images/s while training" if speeds else ""
     took = "" if seconds is None else f"{duration(seconds)} from start to end"
     if took or rate:
-        yield "took", ", ".join(filter(None, [took, rate]))
+        yield "took" if took else "speed", ", ".join(filter(None, [took, rate]))
     report = run.folder / "report.html"
     if report.is_file():
         yield "report", str(report)

@@ -138,7 +138,6 @@ def batch_size(a: Answers) -> int:
 def steps(a: Answers) -> tuple[int, str]:
     """How many optimizer steps, and why."""
     count, batch = a.pictures.count, batch_size(a)
-    seen = batch // 2 if a.method == "dreambooth" else batch
     wanted = {
         "lora": max(min(100 * count, 2000), 10 * count // batch),
         "dreambooth": min(max(100 * count, 400), 1200),
@@ -148,7 +147,7 @@ def steps(a: Answers) -> tuple[int, str]:
     if a.base.toy:
         wanted = min(wanted, 400)
     wanted = max(-(-wanted // 50) * 50, 100)
-    return wanted, f"{wanted * seen / count:,.0f} passes over {count} pictures; watch the previews"
+    return wanted, f"for {count} pictures; too many show in the previews"
 
 
 def _course(a: Answers) -> Iterator[Setting]:
@@ -172,6 +171,10 @@ def _course(a: Answers) -> Iterator[Setting]:
     if a.held_out and a.method != "textual_inversion":
         yield Setting("validation.every", validated_every(a), "its loss on them, ten times in all")
         yield Setting("evaluation.path", a.held_out, "held out: pictures that it never trains on")
+    if a.base.toy:
+        yield Setting(
+            "evaluation.clip", "data/assets/toy-clip", "what scores: of the toy world too"
+        )
 
 
 def validated_every(a: Answers) -> int:
