@@ -85,10 +85,18 @@ def main(arguments: list[str]) -> None:
         )
     for warning in written.warnings:
         print(f"warning: {warning}", flush=True)
-    print(f"wrote {output}", flush=True)
+    print(f"wrote {', and beside it '.join(filter(None, [str(output), beside(output, written)]))}")
     if config.push_to_hub:
         print(f"pushed {hub.push(written.files, config.push_to_hub, private=config.private)}")
     screens.done(output, format=config.format, warnings=list(written.warnings))
+
+
+def beside(output: Path, written: formats.Export) -> str:
+    """What an export of one file has put around it: a card and its pictures."""
+    if not output.is_file():
+        return ""
+    paths = [path.relative_to(output.parent) for path in written.files.values()]
+    return ", ".join(sorted({path.parts[0] for path in paths} - {output.name}))
 
 
 def result_of(config: ExportConfig) -> results.Result:

@@ -211,6 +211,17 @@ def test_a_section_of_ones_own_is_checked_alike():
         validate(Example, {"sise": 3}, where="here")
 
 
+def test_an_error_names_where_the_mistake_was_made(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("output: x\ndata: {path: y}\nlora: {rank: 4}\n")
+    for mistake in ("train.step=60", "train.steps=sixty"):
+        with pytest.raises(UserError, match=r"^configuration \(the command line\): .*train.step"):
+            load(LoraRun, [f"--config={file}", mistake])
+    file.write_text("output: x\ndata: {path: y}\nlora: {rnk: 4}\n")
+    with pytest.raises(UserError, match=rf"^configuration \({file}\): .*lora.rnk"):
+        load(LoraRun, [f"--config={file}", "train.steps=sixty"])
+
+
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
     script = "from train.config import LoraRun, command, load\ncommand(lambda a: load(LoraRun, a))"
     done = subprocess.run(

@@ -194,8 +194,10 @@ def test_the_card_tells_what_there_is_to_know(run, tmp_path):
         assert said in body
 
 
-def test_beside_a_file_lie_its_card_and_the_picture_that_web_uis_show(run, tmp_path):
+def test_beside_a_file_lie_its_card_and_the_picture_that_web_uis_show(run, tmp_path, capsys):
     file = exported(run, tmp_path, "format=kohya", name="owls.safetensors")
+    said = capsys.readouterr().out
+    assert f"wrote {file}, and beside it owls-images, owls.md, owls.png" in said
     card = file.with_suffix(".md").read_text()
     assert "<lora:owls:1>" in card and "(owls-images/00.png)" in card
     for picture in (file.with_suffix(".png"), tmp_path / "owls-images" / "00-base.png"):

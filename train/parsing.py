@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import UnionType
@@ -49,6 +49,7 @@ MAX_DEPTH = 40
 MAX_ALIASES = 1000
 MAX_VALUES = 100_000  # with all aliases written out
 _PROBLEMS_AT_MOST = 20
+_HERE = "the command line"
 _SAID_AT_MOST = 300  # characters of a value in a message
 
 
@@ -88,11 +89,15 @@ def load(schema: type[C], arguments: Sequence[str], *, default: Path | None = No
     texts = {name for name, field in fields(schema) if _holds_text(field.annotation)}
     for override in overrides:
         _apply(values, override, texts)
-    return validate(schema, values, where=file or "the command line")
+    given = {override.partition("=")[0] for override in overrides}
+    return validate(schema, values, where=file or _HERE, given=given)
 
 
-def validate(schema: type[C], values: dict[str, Any], *, where: str) -> C:
-    """Builds the typed configuration; every problem is listed in one UserError."""
+def validate(
+    schema: type[C], values: dict[str, Any], *, where: str, given: Collection[str] = ()
+) -> C:
+    """Builds the typed configuration; every problem is listed in one UserError, which names `where`
+    the values are from, or the command line if all that is wrong was `given` there."""
     _check_values(values)
     try:
         return schema.model_validate(values)
@@ -101,6 +106,8 @@ def validate(schema: type[C], values: dict[str, Any], *, where: str) -> C:
         problems = [_explain(schema, dict(problem)) for problem in found[:_PROBLEMS_AT_MOST]]
         if len(found) > len(problems):
             problems.append(f"and {len(found) - len(problems)} more")
+        if {".".join(map(str, problem["loc"])) for problem in found} <= set(given):
+            where = _HERE
         raise UserError(f"configuration ({where}): " + "; ".join(problems)) from None
 
 
