@@ -212,8 +212,8 @@ def _few_held_out(report: Mapping[str, Any]) -> str:
     if not 0 < count < FEW_HELD_OUT:
         return ""
     return (
-        f"only {many(count, 'picture')} held out: eval/evaluate.py can tell a change from chance "
-        f"from {FEW_HELD_OUT} different captions on: give a larger held_out="
+        f"Only {many(count, 'picture', 'is')} held out. eval/evaluate.py can tell a change from "
+        f"chance from {FEW_HELD_OUT} different captions on: give held_out={FEW_HELD_OUT} or more."
     )
 
 

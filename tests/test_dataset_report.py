@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import checks
 from data.checks import caption_statistics, short_batches, token_counter, warnings
 from data.images import fit_geometry
 from data.records import FILE, Record, Table
@@ -157,3 +158,9 @@ def test_a_histogram_reaches_to_its_limit():
     paths = [attributes for tag, attributes in tags if tag == "path"]
     assert [p["class"] for p in paths].count("bar") == 2
     assert next(p["d"] for p in paths if p["class"] == "limit") == "M392 26V168"
+
+
+@pytest.mark.parametrize("count, warned", [(0, False), (1, True), (5, True), (6, False)])
+def test_too_few_held_out_to_judge_by_are_told(count, warned):
+    said = checks._few_held_out({"counts": {"held_out": count}})
+    assert bool(said) is warned and ("held_out=6 or more" in said) is warned
