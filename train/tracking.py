@@ -190,7 +190,6 @@ def introduction(
 ) -> dict[str, Any]:
     """What dashboards are told of a run first (train/boards.py, `Hello`). start: the step that it
     goes on from; None where its training is over."""
-    method = next((name for name in _METHODS if settings.get(name) is not None), None)
     return {
         "output": str(output.absolute()),
         "settings": dict(settings),
@@ -199,10 +198,15 @@ def introduction(
         "entity": config.entity,
         "group": config.group,
         "tags": config.tags,
-        "job": method,
+        "job": method_of(settings),
         "offline": config.mode == "offline",
         "start": start,
     }
+
+
+def method_of(settings: Mapping[str, Any]) -> str | None:
+    """The entry's name, from what only its configuration has; None where nothing tells."""
+    return next((name for name in _METHODS if settings.get(name) is not None), None)
 
 
 def add_scores(

@@ -11,6 +11,7 @@ from pathlib import Path
 from shlex import quote
 
 from train.run_record import Run, read_json
+from train.tracking import method_of
 
 _PROMPT = "what it should show"
 _LORA = "pytorch_lora_weights.safetensors"
@@ -35,10 +36,7 @@ class Way:
 
 def method(run: Run) -> str:
     """The entry's name, from what only its configuration has; "" where nothing tells."""
-    for name in ("textual_inversion", "dreambooth", "full", "lora"):
-        if run.setting(name) is not None:
-            return name
-    return ""
+    return method_of(run.settings if isinstance(run.settings, dict) else {}) or ""
 
 
 def result(run: Run) -> Path:
